@@ -1,0 +1,369 @@
+"""The CIFAR experiments of [1] Section 4.2 and [2], the papers of units.py.
+
+    python cifar_train.py --depth 110 --preact                              # ResNet-110, full pre-activation, CIFAR-10
+    torchrun --nproc_per_node=2 cifar_train.py --depth 110 --preact         # the same net from two processes
+    python cifar_train.py --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
+    python cifar_train.py --dataset synthetic --depth 20 --preact --iterations 250
+    python cifar_train.py --evaluate runs/cifar10-110-basic-preact-seed1
+
+The same command again continues a run that was stopped.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import resource
+import sys
+import time
+from warnings import warn
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import checkpoint
+import data
+from models import cifar_resnet, flatten
+from units import UNITS, arguments
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # [1] Section 4.2
+
+RECIPES = {
+    # [1] Section 4.2; the warm-up is [2]'s (appendix). Weight decay on convolutions and fc only.
+    "paper": dict(batch_size=128, iterations=64_000, drops=(0.5, 0.75), warmup=400, nesterov=False, decay_all=False),
+    # github.com/KaimingHe/resnet-1k-layers: 200 epochs, drops after 80 and 121 of them
+    "resnet-1k-layers": dict(
+        batch_size=64, iterations=156_250, drops=(0.4, 0.605), warmup=0, nesterov=True, decay_all=True
+    ),
+}
+
+
+def lr_at(iteration, args):
+    """The learning rate of an iteration (0, 1, ...): a tenth during the warm-up, divided by 10 at each drop."""
+    if iteration < args.warmup:
+        return args.lr / 10
+    return args.lr / 10 ** sum(iteration >= int(drop * args.iterations) for drop in RECIPES[args.recipe]["drops"])
+
+
+def step(net, micro_batches, shared, running, optimizer, scaler, autocast):
+    """One iteration of SGD. Returns the mean loss and error of the mini-batch, on the device (2,)."""
+    shared.zero_()  # gradients | running statistics | loss, error
+    before = running.clone()
+    for images, labels in micro_batches:
+        running.copy_(before)  # every micro-batch starts from the same statistics, as every GPU of the papers did
+        with autocast:
+            logits = net(images)
+            loss = cross_entropy(logits, labels)
+        scaler.scale(loss).backward()
+        error = (logits.argmax(dim=1) != labels).float().mean()
+        shared[-len(running) - 2 :] += torch.cat([running, torch.stack([loss.detach(), error])])
+    dist.all_reduce(shared)
+    shared /= len(micro_batches) * dist.get_world_size()
+    running.copy_(shared[-len(running) - 2 : -2])
+    scaler.step(optimizer)
+    scaler.update()
+    return shared[-2:]
+
+
+@torch.inference_mode()
+def evaluate(net, images, labels, mean, std, autocast, stop):
+    """The error (%) on images (N, 3, 32, 32), each counted once, whatever the number of processes."""
+    net.eval()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    wrong = torch.zeros((), dtype=torch.int64, device=images.device)
+    for first in range(0, len(images), 250 * world):
+        stop.check()
+        mine = slice(first + rank, first + 250 * world, world)
+        with autocast:
+            logits = net((images[mine].float() - mean) / std)
+        wrong += (logits.argmax(dim=1) != labels[mine]).sum()
+    dist.all_reduce(wrong)
+    net.train()
+    return 100 * wrong.item() / len(images)
+
+
+def train(args, net, sets, run, stop, device):
+    """Train a net, from the run's checkpoint where there is one, to args.iterations or until it diverges.
+
+    sets: {"train": (images, labels), "test": ...} and perhaps "val". Process 0 writes the run's folder. Returns the
+    result; raises Stopped, with everything saved, when asked to stop.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mean, std = (t.to(device) for t in data.normalisation(sets["train"][0], args.recipe))
+    sets = {name: (images.to(device), labels.to(device)) for name, (images, labels) in sets.items()}
+    images, labels = sets.pop("train")
+    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
+    watched = "val" if "val" in sets else "test"  # what is evaluated on the way; at the end, everything
+    count = args.batch_size // args.micro_batch
+    mine = slice(rank * count // world, (rank + 1) * count // world)  # this process's micro-batches
+    every, tail = max(250, args.iterations // 32), math.ceil(args.iterations / 10)
+
+    shared, running = flatten(net)
+    optimizer = sgd(net, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    autocast = reduced(args.precision, device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
+    iteration, seconds, rows = 0, 0.0, []
+    state = checkpoint.load(args.out)
+    if state:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        sums.copy_(state["sums"])
+        iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
+    began = time.monotonic() - seconds  # so that the clock counts all sittings
+    saved = time.monotonic()
+
+    def finite():
+        return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
+
+    def save():
+        state = {"model": dict(net.state_dict()), "mean": mean, "std": std, "optimizer": optimizer.state_dict()}
+        state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
+        if rank == 0:
+            run.save(state | {"seconds": time.monotonic() - began})
+
+    def log(iterations):
+        loss, error = (sums[:2] / iterations).tolist()
+        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / len(images), 3)}
+        row |= {"lr": lr_at(iteration - 1, args), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
+        for name, (views, truth) in sets.items():
+            wanted = name == watched or iteration == args.iterations
+            row[f"{name}_error"] = evaluate(net, views, truth, mean, std, autocast, stop) if wanted else None
+        rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
+        sums[:2] = 0
+        if rank == 0:
+            run.log(rows)
+            bar.write(
+                f"iteration {iteration:,} of {args.iterations:,}  lr {row['lr']:g}  training loss {loss:.4f}  "
+                f"{watched} error {row[watched + '_error']:.2f} %  {rows[-1]['seconds']:,.0f} s"
+            )
+
+    net.train()
+    bar = tqdm(total=args.iterations, initial=iteration, unit="it", disable=True if rank else None)
+    try:
+        while True:
+            logged = rows[-1]["iteration"] if rows else 0
+            if iteration > logged and (iteration % every == 0 or iteration == args.iterations):
+                if not finite():
+                    break
+                log(iteration - logged)
+            if iteration == args.iterations:
+                break
+            if stop.check(time.monotonic() - saved >= args.checkpoint_seconds):
+                if not finite():
+                    break
+                save()
+                saved = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr_at(iteration, args))
+            draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
+            parts = draws.chunk(count, dim=1)[mine]
+            batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
+            torch.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: a pure function, as all draws are
+            loss_error = step(net, batches, shared, running, optimizer, scaler, autocast)
+            sums[:2] += loss_error
+            if iteration >= args.iterations - tail:
+                sums[2] += loss_error[0]
+            iteration += 1
+            bar.update()
+    except checkpoint.Stopped:
+        if finite():
+            save()
+        raise
+    finally:
+        bar.close()
+    diverged = not finite()
+    if not diverged:
+        save()
+    names = "dataset depth unit unit_args recipe seed iterations batch_size micro_batch precision"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    return {
+        **{name: getattr(args, name) for name in names.split()},
+        "parameters": sum(p.numel() for p in net.parameters()),
+        **{f"{name}_error": None if diverged else rows[-1][f"{name}_error"] for name in sets},
+        "train_loss": None if diverged else round(sums[2].item() / tail, 6),
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_memory": memory,
+        "diverged": diverged,
+    }
+
+
+def sgd(net, args):
+    """The recipe's SGD; with recipe "paper" only the weights of convolutions and fc decay, not BN and biases."""
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() <= 1]
+    recipe = RECIPES[args.recipe]
+    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if recipe["decay_all"] else 0}]
+    lr = torch.tensor(args.lr, dtype=weights[0].dtype, device=weights[0].device)
+    return torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=recipe["nesterov"], fused=True)
+
+
+def reduced(precision, device):
+    """The autocast of a precision, off for float32 and tf32; sets TF32, and warns where a precision gains nothing."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    needs = {"float32": (0, 0), "tf32": (8, 0), "bf16": (8, 0), "fp16": (7, 0)}[precision]
+    if device.type == "cpu" and precision != "float32":
+        warn(f"--precision {precision}: on most CPUs float32 itself (tf32) or slower (bf16, fp16)", stacklevel=2)
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < needs:
+        warn(f"--precision {precision}: this GPU has no units for it, so it is no faster than float32", stacklevel=2)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+
+def load_sets(args):
+    """{"train": (images, labels), "test": ...}, and "val" with --val-split."""
+    images, labels, test_images, test_labels = data.load_cifar(args.dataset, args.data)
+    if args.images:
+        images, labels = images[: args.images], labels[: args.images]
+        test_images, test_labels = test_images[: args.images], test_labels[: args.images]
+    sets = {"train": (images, labels), "test": (test_images, test_labels)}
+    if args.val_split:
+        at = len(images) - args.val_split
+        if at < 1:
+            raise ValueError(f"--val-split {args.val_split} leaves nothing of {len(images)} training images")
+        sets = {"train": (images[:at], labels[:at]), "val": (images[at:], labels[at:]), "test": sets["test"]}
+    return sets
+
+
+def parse_flags():
+    """The command line, with every default filled in; exits with status 2 on bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("the net").add_argument
+    add("--depth", type=int, default=20, help="weight layers: 20, 32, 44, 56, 110, 164, 1001, 1202, ... (default 20)")
+    add("--preact", action="store_true", help="full pre-activation, [2] Fig. 4(e) (default: the original unit)")
+    add("--unit", metavar="NAME", help="a unit of units.py (default bottleneck at 164 and 1001, else basic)")
+    add("--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable")
+    add = parser.add_argument_group("the data").add_argument
+    add("--dataset", choices=data.CLASSES, default="cifar10", help="synthetic needs no download (default cifar10)")
+    add("--data", metavar="DIR", help="where cifar-10-batches-py lies, downloaded if it does not (default data)")
+    add("--val-split", type=int, default=0, metavar="N", help="hold out the last N images; 5000 in [1] (default 0)")
+    add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
+    add = parser.add_argument_group("the recipe").add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="see RECIPES in this file (default paper)")
+    add("--iterations", type=int, metavar="N", help="the drops scale along (default 64000; resnet-1k-layers 156250)")
+    add("--batch-size", type=int, metavar="N", help="images a step (default 128; resnet-1k-layers 64)")
+    add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default half the batch)")
+    add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
+    add(
+        "--warmup", type=int, metavar="N", help="iterations at lr/10 (default 400 or iterations/16; resnet-1k-layers 0)"
+    )
+    add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
+    add = parser.add_argument_group("the machine and the run").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
+    add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
+    add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
+    add(
+        "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
+    )
+    add("--evaluate", metavar="RUN", help="print the test error of a run's checkpoint instead of training")
+    args = parser.parse_args()
+    try:
+        resolve(args)
+    except ValueError as error:
+        checkpoint.fail(error)
+    return args
+
+
+def resolve(args):
+    """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
+    if args.unit is None:
+        args.unit = ("bottleneck" if args.depth in (164, 1001) else "basic") + ("-preact" if args.preact else "")
+    if args.unit not in UNITS:
+        raise ValueError(f"there is no --unit {args.unit}: choose from {', '.join(UNITS)}")
+    preact = UNITS[args.unit].preact == "bn-relu"
+    if args.preact and not preact:
+        raise ValueError(f"--preact contradicts --unit {args.unit}, which is not a full pre-activation unit")
+    args.preact = preact
+    args.unit_args = arguments(UNITS[args.unit])
+    for word in args.unit_arg:
+        name, _, value = word.partition("=")
+        if name not in args.unit_args:
+            raise ValueError(f"--unit-arg {word}: {args.unit} takes {', '.join(args.unit_args) or 'no arguments'}")
+        try:
+            args.unit_args[name] = type(args.unit_args[name])(value)
+        except ValueError:
+            raise ValueError(f"--unit-arg {word}: {name} is a number") from None
+    del args.unit_arg
+    cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)  # raises ValueError for an impossible depth or option
+
+    recipe = RECIPES[args.recipe]
+    args.iterations = recipe["iterations"] if args.iterations is None else args.iterations
+    args.batch_size = recipe["batch_size"] if args.batch_size is None else args.batch_size
+    args.micro_batch = max(args.batch_size // 2, 1) if args.micro_batch is None else args.micro_batch
+    args.warmup = min(recipe["warmup"], args.iterations // 16) if args.warmup is None else args.warmup
+    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
+    for name, least in dict(iterations=1, batch_size=1, micro_batch=1, warmup=0, seed=0, val_split=0, images=0).items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if args.batch_size % args.micro_batch:
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
+    count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE", 1))
+    if count % world:
+        raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
+
+
+def evaluate_run(folder, root, device, stop):
+    """Print the test error of a run's checkpoint; net and data set are those of its config.json."""
+    with checkpoint.all_or_none():
+        args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
+        args.data = root or args.data
+        state = checkpoint.load(folder)
+        if state is None:
+            raise ValueError(f"{folder} holds no checkpoint")
+        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+        net.load_state_dict(state["model"])
+        images, labels, mean, std = (t.to(device) for t in (*load_sets(args)["test"], state["mean"], state["std"]))
+    net.to(device, memory_format=torch.channels_last)
+    error = evaluate(net, images, labels, mean, std, reduced(args.precision, device), stop)
+    if dist.get_rank() == 0:
+        print(f"{folder}: test error {error:.2f} % after {state['iteration']:,} of {args.iterations:,} iterations")
+
+
+def main():
+    args = parse_flags()
+    try:
+        device = checkpoint.start_processes(args.device)
+    except ValueError as error:
+        checkpoint.fail(error)
+    stop = checkpoint.Stop()
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if args.evaluate:
+        evaluate_run(args.evaluate, args.data, device, stop)
+        return 0
+
+    args.data = args.data or "data"
+    done = pathlib.Path(args.out, "result.json").exists()
+    with checkpoint.all_or_none():
+        sets = None if done else load_sets(args)
+        torch.manual_seed(args.seed)
+        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+        net.to(device, memory_format=torch.channels_last)
+        flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
+        run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
+    if not done:
+        try:
+            result = train(args, net, sets, run, stop, device)
+        except checkpoint.Stopped as stopped:
+            if run:
+                print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
+            return stopped.status
+        if run:
+            run.finish(result)
+    if run:
+        result = checkpoint.read_json(run.folder / "result.json")
+        error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
+        print(f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

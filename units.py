@@ -1,0 +1,472 @@
+"""The residual units of two papers, one class per panel of their figures. Imports torch alone.
+
+[1] He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition. arXiv 1512.03385
+[2] He, Zhang, Ren, Sun: Identity Mappings in Deep Residual Networks. arXiv 1603.05027
+
+A unit is x' = f(h(x) + F(x)), eqs (1)-(2) of [2]: `shortcut` is h, `residual` is F, and `forward` merges them.
+[2] Fig. 4 is about the order of weights, BN and ReLU. With one line per weight layer it reads, for two layers:
+
+    (a) original                relu(bn1(conv1(x)))    bn2(conv2(y))           relu(x + y)
+    (b) BN after addition       relu(bn1(conv1(x)))    conv2(y)                relu(bn2(x + y))
+    (c) ReLU before addition    relu(bn1(conv1(x)))    relu(bn2(conv2(y)))     x + y
+    (d) ReLU-only pre-act       bn1(conv1(relu(x)))    bn2(conv2(relu(y)))     x + y
+    (e) full pre-activation     conv1(relu(bn1(x)))    conv2(relu(bn2(y)))     x + y
+
+[2] Fig. 2 is about what stands on the shortcut: it changes the merge alone.
+
+Every unit is built as Unit(in_channels, channels, stride=1, <arguments of its own>) and maps
+(N, in_channels, H, W) to (N, channels * expansion, H / stride, W / stride). To take one elsewhere, paste it with its
+bases, the imports and the helpers. `python units.py` prints them all.
+"""
+
+import inspect
+
+import torch
+from torch import fx, nn
+from torch.nn.functional import dropout, pad, relu
+
+# Helpers: convolutions and the shortcuts of [1] Section 3.3
+
+
+def conv(size, in_channels, channels, stride=1, bias=False):
+    """A size x size convolution, padded to keep the map's size; weights N(0, 2 / fan-out) after He et al. 2015."""
+    layer = nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, bias=bias)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
+
+
+class ZeroPad(nn.Module):
+    """Option A's shortcut: every stride-th pixel, and zeros for the channels that are new. No parameters."""
+
+    def __init__(self, new_channels, stride):
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x):
+        return pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def shortcut(in_channels, channels, stride, option, bn=True):
+    """h(x) as a module, by the options of [1] Section 3.3. A: zero-padding where the shape changes, B: a 1x1 projection
+    there, C: a projection on every shortcut. The rest are identities. Raises ValueError for another option."""
+    if option not in ("A", "B", "C"):
+        raise ValueError(f"the shortcut option must be A, B or C, not {option!r}")
+    if option != "C" and stride == 1 and in_channels == channels:
+        return nn.Identity()
+    if option == "A":
+        return ZeroPad(channels - in_channels, stride)
+    projection = conv(1, in_channels, channels, stride)
+    return nn.Sequential(projection, nn.BatchNorm2d(channels)) if bn else projection
+
+
+# The original units
+
+
+class Basic(nn.Module):
+    """Two 3x3 convolutions. [1] Fig. 5 left; [2] Figs 2(a) and 4(a)."""
+
+    weights, expansion, preact = 2, 1, None
+
+    def __init__(self, in_channels, channels, stride=1, option="A"):
+        super().__init__()
+        self.conv1 = conv(3, in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(3, channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = shortcut(in_channels, channels, stride, option)
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(y))
+
+    def forward(self, x):
+        return relu(self.shortcut(x) + self.residual(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the first two a quarter as wide. [1] Fig. 5 right; [2] Section 4.1."""
+
+    weights, expansion, preact = 3, 4, None
+
+    def __init__(self, in_channels, channels, stride=1, option="B"):
+        super().__init__()
+        # The stride is on the first 1x1, as the authors have it; torchvision and fb.resnet.torch put it on the 3x3.
+        self.conv1 = conv(1, in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(3, channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = conv(1, channels, channels * 4)
+        self.bn3 = nn.BatchNorm2d(channels * 4)
+        self.shortcut = shortcut(in_channels, channels * 4, stride, option)
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn2(self.conv2(y)))
+        return self.bn3(self.conv3(y))
+
+    def forward(self, x):
+        return relu(self.shortcut(x) + self.residual(x))
+
+
+class Single(nn.Module):
+    """One 3x3 convolution: each shortcut skips a single layer. [2] Table 3."""
+
+    weights, expansion, preact = 1, 1, None
+
+    def __init__(self, in_channels, channels, stride=1, option="A"):
+        super().__init__()
+        self.conv1 = conv(3, in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.shortcut = shortcut(in_channels, channels, stride, option)
+
+    def residual(self, x):
+        return self.bn1(self.conv1(x))
+
+    def forward(self, x):
+        return relu(self.shortcut(x) + self.residual(x))
+
+
+# Plain nets: the same layers without shortcuts. Written once and put over both bodies below, as Fig. 2's panels are.
+
+
+class Plain:
+    """[1] Section 3.3; [2] Table 1's constant scaling with 0 on the shortcut."""
+
+    def __init__(self, in_channels, channels, stride=1):
+        super().__init__(in_channels, channels, stride, option="A")
+        del self.shortcut
+
+    def forward(self, x):
+        return relu(self.residual(x))
+
+
+class BasicPlain(Plain, Basic):
+    """[1] Fig. 3 middle."""
+
+
+class BottleneckPlain(Plain, Bottleneck):
+    """[1] footnote 4."""
+
+
+# [2] Fig. 4(b): BN after addition
+
+
+class BasicBNAfterAdd(Basic):
+    """[2] Fig. 4(b). A projection has no BN of its own: the one after the addition normalises it too."""
+
+    def __init__(self, in_channels, channels, stride=1, option="A"):
+        super().__init__(in_channels, channels, stride, option)
+        self.shortcut = shortcut(in_channels, channels, stride, option, bn=False)
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        return self.conv2(y)
+
+    def forward(self, x):
+        return relu(self.bn2(self.shortcut(x) + self.residual(x)))
+
+
+class BottleneckBNAfterAdd(Bottleneck):
+    """[2] Fig. 4(b). A projection has no BN of its own: the one after the addition normalises it too."""
+
+    def __init__(self, in_channels, channels, stride=1, option="B"):
+        super().__init__(in_channels, channels, stride, option)
+        self.shortcut = shortcut(in_channels, channels * 4, stride, option, bn=False)
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn2(self.conv2(y)))
+        return self.conv3(y)
+
+    def forward(self, x):
+        return relu(self.bn3(self.shortcut(x) + self.residual(x)))
+
+
+# [2] Fig. 4(c): ReLU before addition
+
+
+class BasicReLUBeforeAdd(Basic):
+    """[2] Fig. 4(c): F is never negative, so the signal can only grow."""
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(y)))
+
+    def forward(self, x):
+        return self.shortcut(x) + self.residual(x)
+
+
+class BottleneckReLUBeforeAdd(Bottleneck):
+    """[2] Fig. 4(c): F is never negative, so the signal can only grow."""
+
+    def residual(self, x):
+        y = relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn2(self.conv2(y)))
+        return relu(self.bn3(self.conv3(y)))
+
+    def forward(self, x):
+        return self.shortcut(x) + self.residual(x)
+
+
+# [2] Fig. 4(d), (e): pre-activation, x' = h(x) + F(f^(x)), eq. (9). The activation f^ is computed once; F reads it, and
+# so does a shortcut that changes the shape ([2] appendix); an identity takes x itself, untouched from unit to unit.
+
+
+class BasicReLUPreAct(Basic):
+    """[2] Fig. 4(d): ReLU-only pre-activation."""
+
+    preact = "relu"
+
+    def residual(self, a):
+        y = self.bn1(self.conv1(a))
+        return self.bn2(self.conv2(relu(y)))
+
+    def forward(self, x):
+        a = relu(x)
+        h = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
+        return h + self.residual(a)
+
+
+class BottleneckReLUPreAct(Bottleneck):
+    """[2] Fig. 4(d): ReLU-only pre-activation."""
+
+    preact = "relu"
+
+    def residual(self, a):
+        y = self.bn1(self.conv1(a))
+        y = self.bn2(self.conv2(relu(y)))
+        return self.bn3(self.conv3(relu(y)))
+
+    def forward(self, x):
+        a = relu(x)
+        h = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
+        return h + self.residual(a)
+
+
+class BasicPreAct(nn.Module):
+    """[2] Figs 1(b) and 4(e): full pre-activation."""
+
+    weights, expansion, preact = 2, 1, "bn-relu"
+
+    def __init__(self, in_channels, channels, stride=1, option="A"):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(3, in_channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(3, channels, channels)
+        self.shortcut = shortcut(in_channels, channels, stride, option, bn=False)
+
+    def residual(self, a):
+        y = self.conv1(a)
+        return self.conv2(relu(self.bn2(y)))
+
+    def forward(self, x):
+        a = relu(self.bn1(x))
+        h = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
+        return h + self.residual(a)
+
+
+class BottleneckPreAct(nn.Module):
+    """[2] Fig. 4(e) with three layers: the unit of ResNet-164, -1001 and -200."""
+
+    weights, expansion, preact = 3, 4, "bn-relu"
+
+    def __init__(self, in_channels, channels, stride=1, option="B"):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(1, in_channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(3, channels, channels)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = conv(1, channels, channels * 4)
+        self.shortcut = shortcut(in_channels, channels * 4, stride, option, bn=False)
+
+    def residual(self, a):
+        y = self.conv1(a)
+        y = self.conv2(relu(self.bn2(y)))
+        return self.conv3(relu(self.bn3(y)))
+
+    def forward(self, x):
+        a = relu(self.bn1(x))
+        h = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
+        return h + self.residual(a)
+
+
+class SinglePreAct(nn.Module):
+    """Full pre-activation of one 3x3 convolution. [2] Table 3."""
+
+    weights, expansion, preact = 1, 1, "bn-relu"
+
+    def __init__(self, in_channels, channels, stride=1, option="A"):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(3, in_channels, channels, stride)
+        self.shortcut = shortcut(in_channels, channels, stride, option, bn=False)
+
+    def residual(self, a):
+        return self.conv1(a)
+
+    def forward(self, x):
+        a = relu(self.bn1(x))
+        h = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
+        return h + self.residual(a)
+
+
+# [2] Fig. 2(b)-(f): what stands on the shortcut. Each panel is written once and put over both bodies below.
+
+
+class ConstantScaling:
+    """[2] Fig. 2(b): both branches scaled by constants."""
+
+    def __init__(self, in_channels, channels, stride=1, shortcut_scale=0.5, residual_scale=0.5, **body):
+        super().__init__(in_channels, channels, stride, **body)
+        self.shortcut_scale, self.residual_scale = shortcut_scale, residual_scale
+
+    def forward(self, x):
+        return relu(self.shortcut_scale * self.shortcut(x) + self.residual_scale * self.residual(x))
+
+
+class Gating:
+    """g(x) = sigmoid(W_g x + b_g), a 1x1 convolution of the unit's input with the unit's stride and outputs."""
+
+    def __init__(self, in_channels, channels, stride=1, gate_bias=-6.0, **body):
+        super().__init__(in_channels, channels, stride, **body)
+        self.gate = conv(1, in_channels, channels * self.expansion, stride, bias=True)
+        nn.init.constant_(self.gate.bias, gate_bias)
+
+
+class ExclusiveGating(Gating):
+    """[2] Fig. 2(c), after Highway networks: the shortcut is scaled by 1 - g(x), F by g(x)."""
+
+    def forward(self, x):
+        g = torch.sigmoid(self.gate(x))
+        return relu((1 - g) * self.shortcut(x) + g * self.residual(x))
+
+
+class ShortcutGating(Gating):
+    """[2] Fig. 2(d): the shortcut alone is scaled by 1 - g(x)."""
+
+    def forward(self, x):
+        g = torch.sigmoid(self.gate(x))
+        return relu((1 - g) * self.shortcut(x) + self.residual(x))
+
+
+class ConvShortcut:
+    """[2] Fig. 2(e): a 1x1 convolution (and BN) on every shortcut, option C of [1]."""
+
+    def __init__(self, in_channels, channels, stride=1):
+        super().__init__(in_channels, channels, stride, option="C")
+
+
+class DropoutShortcut:
+    """[2] Fig. 2(f): half of the shortcut's elements are dropped and the others not scaled up (torch doubles them while
+    training), so that its expected scale is 0.5 as [2] has it."""
+
+    def forward(self, x):
+        return relu(0.5 * dropout(self.shortcut(x), 0.5, self.training) + self.residual(x))
+
+
+class BasicConstantScaling(ConstantScaling, Basic):
+    """[2] Fig. 2(b)."""
+
+
+class BasicExclusiveGating(ExclusiveGating, Basic):
+    """[2] Fig. 2(c)."""
+
+
+class BasicShortcutGating(ShortcutGating, Basic):
+    """[2] Fig. 2(d)."""
+
+
+class BasicConvShortcut(ConvShortcut, Basic):
+    """[2] Fig. 2(e)."""
+
+
+class BasicDropoutShortcut(DropoutShortcut, Basic):
+    """[2] Fig. 2(f)."""
+
+
+class BottleneckConstantScaling(ConstantScaling, Bottleneck):
+    """[2] Fig. 2(b), Section 5: ImageNet's ResNet-101."""
+
+
+class BottleneckExclusiveGating(ExclusiveGating, Bottleneck):
+    """[2] Fig. 2(c), Section 5: ImageNet's ResNet-101."""
+
+
+class BottleneckShortcutGating(ShortcutGating, Bottleneck):
+    """[2] Fig. 2(d), Section 5: ImageNet's ResNet-101."""
+
+
+class BottleneckConvShortcut(ConvShortcut, Bottleneck):
+    """[2] Fig. 2(e), Section 5: ImageNet's ResNet-101."""
+
+
+class BottleneckDropoutShortcut(DropoutShortcut, Bottleneck):
+    """[2] Fig. 2(f), Section 5: ImageNet's ResNet-101."""
+
+
+# The command line's names: a body, and what the panel changes
+
+UNITS = {
+    "basic": Basic,
+    "basic-plain": BasicPlain,
+    "basic-bn-after-add": BasicBNAfterAdd,
+    "basic-relu-before-add": BasicReLUBeforeAdd,
+    "basic-relu-preact": BasicReLUPreAct,
+    "basic-preact": BasicPreAct,
+    "basic-constant-scaling": BasicConstantScaling,
+    "basic-exclusive-gating": BasicExclusiveGating,
+    "basic-shortcut-gating": BasicShortcutGating,
+    "basic-conv-shortcut": BasicConvShortcut,
+    "basic-dropout-shortcut": BasicDropoutShortcut,
+    "bottleneck": Bottleneck,
+    "bottleneck-plain": BottleneckPlain,
+    "bottleneck-bn-after-add": BottleneckBNAfterAdd,
+    "bottleneck-relu-before-add": BottleneckReLUBeforeAdd,
+    "bottleneck-relu-preact": BottleneckReLUPreAct,
+    "bottleneck-preact": BottleneckPreAct,
+    "bottleneck-constant-scaling": BottleneckConstantScaling,
+    "bottleneck-exclusive-gating": BottleneckExclusiveGating,
+    "bottleneck-shortcut-gating": BottleneckShortcutGating,
+    "bottleneck-conv-shortcut": BottleneckConvShortcut,
+    "bottleneck-dropout-shortcut": BottleneckDropoutShortcut,
+    "single": Single,
+    "single-preact": SinglePreAct,
+}
+
+
+def arguments(unit):
+    """The keyword arguments of a unit's own with their defaults, such as {"option": "A", "gate_bias": -6.0}."""
+    found = {}
+    for base in unit.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "stride"}
+            found = own | found
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                return found
+
+
+def order(unit):
+    """The operations of a unit (a module) in the order in which they run, read out of it: "conv3x3 bn relu ..."."""
+    words = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu", "Identity": ""}
+    found = []
+    for node in fx.symbolic_trace(unit).graph.nodes:
+        if node.op == "call_module":
+            layer = unit.get_submodule(node.target)
+            size = "{}x{}".format(*layer.kernel_size) if isinstance(layer, nn.Conv2d) else ""
+            name = type(layer).__name__
+            found.append("conv" + size if size else words.get(name, name))
+        elif node.op == "call_function":
+            found.append(words.get(node.target.__name__, node.target.__name__))
+    return " ".join(filter(None, found))
+
+
+if __name__ == "__main__":
+    for name, unit in UNITS.items():
+        x = torch.zeros(1, 16 * unit.expansion, 32, 32)
+        example = unit(x.shape[1], 16)
+        shapes = " -> ".join("x".join(map(str, t.shape[1:])) for t in (x, example(x)))
+        parameters = sum(p.numel() for p in example.parameters())
+        print(f"{name:28}{order(example):72}{shapes:24}{parameters:>6,} parameters")

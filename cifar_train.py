@@ -217,17 +217,13 @@ def reduced(precision, device):
 
 def load_sets(args):
     """{"train": (images, labels), "test": ...}, and "val" with --val-split."""
-    images, labels, test_images, test_labels = data.load_cifar(args.dataset, args.data)
-    if args.images:
-        images, labels = images[: args.images], labels[: args.images]
-        test_images, test_labels = test_images[: args.images], test_labels[: args.images]
-    sets = {"train": (images, labels), "test": (test_images, test_labels)}
-    if args.val_split:
-        at = len(images) - args.val_split
-        if at < 1:
-            raise ValueError(f"--val-split {args.val_split} leaves nothing of {len(images)} training images")
-        sets = {"train": (images[:at], labels[:at]), "val": (images[at:], labels[at:]), "test": sets["test"]}
-    return sets
+    images, labels, *test = data.load_cifar(args.dataset, args.data, args.images)
+    if not args.val_split:
+        return {"train": (images, labels), "test": test}
+    at = len(images) - args.val_split
+    if at < 1:
+        raise ValueError(f"--val-split {args.val_split} leaves nothing of {len(images)} training images")
+    return {"train": (images[:at], labels[:at]), "val": (images[at:], labels[at:]), "test": test}
 
 
 def parse_flags():
@@ -330,6 +326,7 @@ def evaluate_run(folder, root, device, stop):
 
 def main():
     args = parse_flags()
+    sys.stdout.reconfigure(line_buffering=True)  # a line an evaluation, also into a file
     try:
         device = checkpoint.start_processes(args.device)
     except ValueError as error:

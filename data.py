@@ -11,14 +11,15 @@ from torch.nn.functional import pad
 CLASSES = {"cifar10": 10, "cifar100": 100, "synthetic": 10}
 
 
-def load_cifar(dataset, root):
+def load_cifar(dataset, root, limit=0):
     """The training and test images (N, 3, 32, 32) and labels (N,) of a data set, uint8 and int64, on the CPU.
 
     dataset: "cifar10", "cifar100", which are downloaded to `root` when absent, or "synthetic", which needs nothing.
+    With a limit, only the first images of each set.
     Raises ValueError when a file is not the published one, or absent and not to be had.
     """
     if dataset == "synthetic":
-        return synthetic_cifar()
+        return synthetic_cifar(limit or 50_000, limit or 10_000)
     from torchvision import datasets
     from torchvision.datasets.utils import check_md5
 
@@ -36,6 +37,7 @@ def load_cifar(dataset, root):
     images, labels = [], []
     for train in (True, False):
         part = kind(root, train)
+        part.data, part.targets = part.data[: limit or None], part.targets[: limit or None]
         images.append(torch.from_numpy(np.ascontiguousarray(part.data)).permute(0, 3, 1, 2))  # channels_last in memory
         labels.append(torch.tensor(part.targets))
     return images[0], labels[0], images[1], labels[1]
@@ -55,12 +57,12 @@ def download(kind, root, folder):
             ) from None
 
 
-def synthetic_cifar(train=50_000, test=10_000):
+def synthetic_cifar(train, test):
     """A learnable stand-in for CIFAR-10, the same at every call: each class is a smooth pattern of colours, seen
     through another smooth pattern of the image's own and noise."""
     rng = np.random.default_rng(2016)
-    labels = rng.integers(0, 10, train + test)
     patterns = rng.normal(0, 24, (10, 8, 8, 3)).astype(np.float32)
+    labels = rng.integers(0, 10, train + test)
     coarse = 128 + patterns[labels] + rng.normal(0, 40, (train + test, 8, 8, 3)).astype(np.float32)
     images = coarse.clip(16, 239).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     images += rng.integers(-16, 17, images.shape, dtype=np.int8).view(np.uint8)  # stays within 0 ... 255

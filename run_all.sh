@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Every experiment of the two papers, one row each, under the papers' own headings.
+#
+#   bash run_all.sh                     run what has no result.json under results/ yet; continue what was stopped
+#   bash run_all.sh 2-table1 164        only the rows of a heading (by its tag), or whose name contains a word
+#   LIST=1 bash run_all.sh              print the runs (name, the papers' figures, command) and run nothing
+#   SEEDS="1 2" bash run_all.sh         these seeds for every row, instead of as many as the paper has
+#   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
+#   SMOKE=1 bash run_all.sh             each row once, for 4 iterations at depth 20 on a few synthetic images
+#
+# [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
+# The paper's figure is the test error in %; [2] says fail above 20 %, and - stands for one that it does not report.
+# In [2] every figure is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
+# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. ResNet-1202 warms up too: that is our choice.
+
+set -u
+cd "$(dirname "$0")" || exit 1
+
+short="--iterations 1600 --batch-size 32 --micro-batch 32 --lr 0.05 --warmup 100"
+
+rows="
+# tags                               paper      seeds  name                                     flags
+
+# [2] Table 1: shortcuts, ResNet-110
+2-table1,2-table2,2-table3,2-table4,1-table6 6.61,6.43 5 cifar10/110                            --depth 110 --unit basic
+2-table1,1-fig6                      fail       5      cifar10/110-plain                        --depth 110 --unit basic-plain
+2-table1                             fail       5      cifar10/110-constant-scaling-0.5-1       --depth 110 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=1
+2-table1                             12.35      5      cifar10/110-constant-scaling-0.5-0.5     --depth 110 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=0.5
+2-table1                             fail       5      cifar10/110-exclusive-gating-0           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=0
+2-table1                             fail       5      cifar10/110-exclusive-gating-1           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-1
+2-table1                             fail       5      cifar10/110-exclusive-gating-2           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-2
+2-table1                             fail       5      cifar10/110-exclusive-gating-3           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-3
+2-table1                             fail       5      cifar10/110-exclusive-gating-4           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-4
+2-table1                             fail       5      cifar10/110-exclusive-gating-5           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-5
+2-table1                             8.70       5      cifar10/110-exclusive-gating-6           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
+2-table1                             9.81       5      cifar10/110-exclusive-gating-7           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-7
+2-table1                             -          5      cifar10/110-exclusive-gating-8           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-8
+2-table1                             -          5      cifar10/110-exclusive-gating-9           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-9
+2-table1                             -          5      cifar10/110-exclusive-gating-10          --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-10
+2-table1                             12.86      5      cifar10/110-shortcut-gating-0            --depth 110 --unit basic-shortcut-gating --unit-arg gate_bias=0
+2-table1                             6.91       5      cifar10/110-shortcut-gating-6            --depth 110 --unit basic-shortcut-gating --unit-arg gate_bias=-6
+2-table1                             12.22      5      cifar10/110-conv-shortcut                --depth 110 --unit basic-conv-shortcut
+2-table1                             fail       5      cifar10/110-dropout-shortcut             --depth 110 --unit basic-dropout-shortcut
+
+# [2] Table 2: the order of activations, ResNet-110 and ResNet-164
+2-table2                             8.17       5      cifar10/110-bn-after-add                 --depth 110 --unit basic-bn-after-add
+2-table2                             7.84       5      cifar10/110-relu-before-add              --depth 110 --unit basic-relu-before-add
+2-table2                             6.71       5      cifar10/110-relu-preact                  --depth 110 --unit basic-relu-preact
+2-table2,2-table3                    6.37       5      cifar10/110-preact                       --depth 110 --unit basic-preact
+2-table2,2-table3                    5.93       5      cifar10/164                              --depth 164 --unit bottleneck
+2-table2                             6.50       5      cifar10/164-bn-after-add                 --depth 164 --unit bottleneck-bn-after-add
+2-table2                             6.14       5      cifar10/164-relu-before-add              --depth 164 --unit bottleneck-relu-before-add
+2-table2                             5.91       5      cifar10/164-relu-preact                  --depth 164 --unit bottleneck-relu-preact
+2-table2,2-table3,2-table4           5.46       5      cifar10/164-preact                       --depth 164 --unit bottleneck-preact
+
+# [2] Table 3: original and pre-activation nets
+2-table3                             9.90       5      cifar10/110-single                       --depth 110 --unit single
+2-table3                             8.91       5      cifar10/110-single-preact                --depth 110 --unit single-preact
+2-table3                             7.61       5      cifar10/1001                             --depth 1001 --unit bottleneck
+2-table3,2-table4                    4.92       5      cifar10/1001-preact                      --depth 1001 --unit bottleneck-preact
+2-table3,2-table4                    25.16      5      cifar100/164                             --dataset cifar100 --depth 164 --unit bottleneck
+2-table3,2-table4                    24.33      5      cifar100/164-preact                      --dataset cifar100 --depth 164 --unit bottleneck-preact
+2-table3,2-table4                    27.82      5      cifar100/1001                            --dataset cifar100 --depth 1001 --unit bottleneck
+2-table3,2-table4                    22.71      5      cifar100/1001-preact                     --dataset cifar100 --depth 1001 --unit bottleneck-preact
+
+# [2] Table 4: comparison; the batch of 64 is that of the code that the authors published
+2-table4                             4.62       5      cifar10/1001-preact-batch64              --depth 1001 --unit bottleneck-preact --recipe resnet-1k-layers
+
+# [1] Table 6: CIFAR-10
+1-table6                             8.75       1      cifar10/20                               --depth 20 --unit basic --warmup 0
+1-table6                             7.51       1      cifar10/32                               --depth 32 --unit basic --warmup 0
+1-table6                             7.17       1      cifar10/44                               --depth 44 --unit basic --warmup 0
+1-table6                             6.97       1      cifar10/56                               --depth 56 --unit basic --warmup 0
+1-table6,2-table4                    7.93       1      cifar10/1202                             --depth 1202 --unit basic
+
+# [1] Fig. 6: plain nets (read off the curves; plain-110 is above 60 % and not drawn)
+1-fig6                               9.69       1      cifar10/20-plain                         --depth 20 --unit basic-plain --warmup 0
+1-fig6                               10.08      1      cifar10/32-plain                         --depth 32 --unit basic-plain --warmup 0
+1-fig6                               11.4       1      cifar10/44-plain                         --depth 44 --unit basic-plain --warmup 0
+1-fig6                               13.2       1      cifar10/56-plain                         --depth 56 --unit basic-plain --warmup 0
+
+# Not the papers' tables, but an evening on a laptop: the units beside each other in minutes a run
+short                                -          3      short/38-plain                           --depth 38 --unit basic-plain $short
+short                                -          3      short/38                                 --depth 38 --unit basic $short
+short                                -          3      short/38-bn-after-add                    --depth 38 --unit basic-bn-after-add $short
+short                                -          3      short/38-relu-before-add                 --depth 38 --unit basic-relu-before-add $short
+short                                -          3      short/38-relu-preact                     --depth 38 --unit basic-relu-preact $short
+short                                -          3      short/38-preact                          --depth 38 --unit basic-preact $short
+short                                -          3      short/38-constant-scaling-0.5-0.5        --depth 38 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=0.5 $short
+short                                -          3      short/38-constant-scaling-0.5-1          --depth 38 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=1 $short
+short                                -          3      short/38-exclusive-gating-6              --depth 38 --unit basic-exclusive-gating --unit-arg gate_bias=-6 $short
+short                                -          3      short/38-exclusive-gating-0              --depth 38 --unit basic-exclusive-gating --unit-arg gate_bias=0 $short
+short                                -          3      short/38-shortcut-gating-6               --depth 38 --unit basic-shortcut-gating --unit-arg gate_bias=-6 $short
+short                                -          3      short/38-shortcut-gating-0               --depth 38 --unit basic-shortcut-gating --unit-arg gate_bias=0 $short
+short                                -          3      short/38-conv-shortcut                   --depth 38 --unit basic-conv-shortcut $short
+short                                -          3      short/38-dropout-shortcut                --depth 38 --unit basic-dropout-shortcut $short
+short                                -          3      short/38-single                          --depth 38 --unit single $short
+short                                -          3      short/38-single-preact                   --depth 38 --unit single-preact $short
+"
+rows=$(sed '/^#/d; /^ *$/d' <<<"$rows")
+all_tags=$(cut -d' ' -f1 <<<"$rows" | tr , '\n' | sort -u)
+
+selected() { # does a word of the command line select the row with these tags and this name?
+    local tags=$1 name=$2 word
+    shift 2
+    [ $# = 0 ] && return 0
+    for word; do
+        if grep -qxF -- "$word" <<<"$all_tags"; then
+            case ,$tags, in *,"$word",*) return 0 ;; esac
+        else
+            case $name in *"$word"*) return 0 ;; esac
+        fi
+    done
+    return 1
+}
+
+fail() {
+    echo "run_all.sh: $1" >&2
+    exit 2
+}
+
+SEEDS=$(echo ${SEEDS:-})
+shard=${SHARD:-1/1}
+[[ $shard =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
+    fail "SHARD is $shard, but should be like 2/8: which of how many"
+[[ ${SEEDS:-0} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
+
+results=results
+if [ -n "${SMOKE:-}" ]; then
+    results=$(mktemp -d)
+    trap 'rm -rf "$results"' EXIT
+    SEEDS=1
+    export OMP_NUM_THREADS=1
+    smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8"
+fi
+
+# The runs: the first seed of every row, then the second of every row, so that a table fills evenly.
+runs=()
+most=$(wc -w <<<"${SEEDS:-1 2 3 4 5}")
+for ((k = 1; k <= most; k++)); do
+    while read -r tags paper count name flags; do
+        selected "$tags" "$name" "$@" || continue
+        seed=$(cut -d' ' -f"$k" <<<"${SEEDS:-$(seq -s ' ' "$count")} ")
+        [ -n "$seed" ] || continue
+        folder=$results/$name/seed$seed
+        runs+=("$name/seed$seed $paper python cifar_train.py $flags --seed $seed${smoke:+ $smoke} --out $folder")
+    done <<<"$rows"
+done
+[ ${#runs[@]} -gt 0 ] || fail "no row's name contains $*; the headings' tags are $(tr '\n' ' ' <<<"$all_tags")"
+
+failed=
+for ((r = i - 1; r < ${#runs[@]}; r += n)); do
+    read -r name paper command <<<"${runs[r]}"
+    if [ -n "${LIST:-}" ]; then
+        printf '%-44s %-10s %s\n' "$name" "$paper" "$command"
+        continue
+    fi
+    [ -e "$results/$name/result.json" ] && continue
+    echo "$name (the paper: $paper): $command"
+    $command
+    status=$?
+    [ $status -gt 128 ] && exit $status # stopped by a signal: the next call continues it
+    [ $status = 0 ] || failed+="  $name (exit status $status)"$'\n'
+done
+[ -z "$failed" ] || {
+    printf 'failed:\n%s' "$failed" >&2
+    exit 1
+}

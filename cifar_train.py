@@ -120,7 +120,7 @@ def train(args, net, sets, run, stop, device):
         return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
 
     def save():
-        state = {"model": dict(net.state_dict()), "mean": mean, "std": std, "optimizer": optimizer.state_dict()}
+        state = {"model": net.state_dict(), "mean": mean, "std": std, "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
         if rank == 0:
             run.save(state | {"seconds": time.monotonic() - began})
@@ -287,7 +287,8 @@ def resolve(args):
         except ValueError:
             raise ValueError(f"--unit-arg {word}: {name} is a number") from None
     del args.unit_arg
-    cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)  # raises ValueError for an impossible depth or option
+    with torch.device("meta"):  # raises ValueError for an impossible depth or option
+        cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
 
     recipe = RECIPES[args.recipe]
     args.iterations = recipe["iterations"] if args.iterations is None else args.iterations
@@ -295,7 +296,8 @@ def resolve(args):
     args.micro_batch = max(args.batch_size // 2, 1) if args.micro_batch is None else args.micro_batch
     args.warmup = min(recipe["warmup"], args.iterations // 16) if args.warmup is None else args.warmup
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    for name, least in dict(iterations=1, batch_size=1, micro_batch=1, warmup=0, seed=0, val_split=0, images=0).items():
+    minima = dict(iterations=1, batch_size=1, micro_batch=1, warmup=0, seed=0, val_split=0, images=0)
+    for name, least in (minima | dict(checkpoint_seconds=0)).items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
@@ -363,4 +365,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    dist.destroy_process_group()
+    sys.exit(status)

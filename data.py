@@ -61,9 +61,9 @@ def synthetic_cifar(train, test):
     """A learnable stand-in for CIFAR-10, the same at every call: each class is a smooth pattern of colours, seen
     through another smooth pattern of the image's own and noise."""
     rng = np.random.default_rng(2016)
-    patterns = rng.normal(0, 24, (10, 8, 8, 3)).astype(np.float32)
+    patterns = rng.normal(0, 36, (10, 8, 8, 3)).astype(np.float32)
     labels = rng.integers(0, 10, train + test)
-    coarse = 128 + patterns[labels] + rng.normal(0, 40, (train + test, 8, 8, 3)).astype(np.float32)
+    coarse = 128 + patterns[labels] + rng.normal(0, 36, (train + test, 8, 8, 3)).astype(np.float32)
     images = coarse.clip(16, 239).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     images += rng.integers(-16, 17, images.shape, dtype=np.int8).view(np.uint8)  # stays within 0 ... 255
     images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)

@@ -98,17 +98,17 @@ short                                -          3      short/38-single          
 short                                -          3      short/38-single-preact                   --depth 38 --unit single-preact $short
 "
 rows=$(sed '/^#/d; /^ *$/d' <<<"$rows")
-all_tags=$(cut -d' ' -f1 <<<"$rows" | tr , '\n' | sort -u)
+all_tags=' '$(cut -d' ' -f1 <<<"$rows" | tr , '\n' | sort -u | tr '\n' ' ')
 
 selected() { # does a word of the command line select the row with these tags and this name?
     local tags=$1 name=$2 word
     shift 2
     [ $# = 0 ] && return 0
     for word; do
-        if grep -qxF -- "$word" <<<"$all_tags"; then
-            case ,$tags, in *,"$word",*) return 0 ;; esac
+        if [[ $all_tags = *" $word "* ]]; then
+            [[ ,$tags, = *",$word,"* ]] && return 0
         else
-            case $name in *"$word"*) return 0 ;; esac
+            [[ $name = *"$word"* ]] && return 0
         fi
     done
     return 1
@@ -119,11 +119,10 @@ fail() {
     exit 2
 }
 
-SEEDS=$(echo ${SEEDS:-})
 shard=${SHARD:-1/1}
 [[ $shard =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
     fail "SHARD is $shard, but should be like 2/8: which of how many"
-[[ ${SEEDS:-0} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
+[[ ${SEEDS:-1} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
 
 results=results
 if [ -n "${SMOKE:-}" ]; then
@@ -136,17 +135,20 @@ fi
 
 # The runs: the first seed of every row, then the second of every row, so that a table fills evenly.
 runs=()
-most=$(wc -w <<<"${SEEDS:-1 2 3 4 5}")
-for ((k = 1; k <= most; k++)); do
+for ((k = 0; ; k++)); do
+    before=${#runs[@]}
     while read -r tags paper count name flags; do
         selected "$tags" "$name" "$@" || continue
-        seed=$(cut -d' ' -f"$k" <<<"${SEEDS:-$(seq -s ' ' "$count")} ")
-        [ -n "$seed" ] || continue
-        folder=$results/$name/seed$seed
-        runs+=("$name/seed$seed $paper python cifar_train.py $flags --seed $seed${smoke:+ $smoke} --out $folder")
+        seeds=(${SEEDS:-1 2 3 4 5})
+        [ -n "${SEEDS:-}" ] || seeds=("${seeds[@]:0:count}")
+        [ "$k" -lt "${#seeds[@]}" ] || continue
+        run=$name/seed${seeds[k]}
+        command="python cifar_train.py $flags --seed ${seeds[k]}${smoke:+ $smoke} --out $results/$run"
+        runs+=("$run $paper $command")
     done <<<"$rows"
+    [ ${#runs[@]} -gt "$before" ] || break
 done
-[ ${#runs[@]} -gt 0 ] || fail "no row's name contains $*; the headings' tags are $(tr '\n' ' ' <<<"$all_tags")"
+[ ${#runs[@]} -gt 0 ] || fail "no row's name contains $*; the headings' tags are$all_tags"
 
 failed=
 for ((r = i - 1; r < ${#runs[@]}; r += n)); do
@@ -159,8 +161,11 @@ for ((r = i - 1; r < ${#runs[@]}; r += n)); do
     echo "$name (the paper: $paper): $command"
     $command
     status=$?
-    [ $status -gt 128 ] && exit $status # stopped by a signal: the next call continues it
-    [ $status = 0 ] || failed+="  $name (exit status $status)"$'\n'
+    case $status in
+        0) ;;
+        130 | 143) exit $status ;; # Ctrl-C or SIGTERM: the next call continues the run
+        *) failed+="  $name (exit status $status)"$'\n' ;;
+    esac
 done
 [ -z "$failed" ] || {
     printf 'failed:\n%s' "$failed" >&2

@@ -1,15 +1,16 @@
-"""What cifar_train.py and data.py do to numbers: the recipe against a naive second implementation, the data, equality over
-processes, and what a user sees. Each test can fail; none looks at a clock."""
+"""What data.py and cifar_train.py do: the recipe against a naive second implementation, the data, equality over
+processes, the command line and run_all.sh. No test looks at a clock."""
 
-import argparse
+import ast
 import csv
 import hashlib
 import json
-import math
 import os
 import pathlib
 import pickle
 import re
+import signal
+import socket
 import subprocess
 import sys
 
@@ -27,17 +28,60 @@ HERE = pathlib.Path(__file__).parent
 SHARED = HERE.parent / "shared"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one():
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    """One thread, and neither the process group nor the signal handlers of a run outlive its test."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    handlers = [signal.getsignal(number) for number in NUMBERS]
     yield
-    dist.destroy_process_group()
+    for number, handler in zip(NUMBERS, handlers, strict=True):
+        signal.signal(number, handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def flags(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["cifar_train.py", *words])
-    return cifar_train.parse_flags()
+@pytest.fixture
+def world_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """The resolved flags of a command line."""
+
+    def parse(*words):
+        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
+        return cifar_train.parse_flags()
+
+    return parse
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path):
+    """Run cifar_train.py in this process. Returns the exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
+        try:
+            status = cifar_train.main()
+        except SystemExit as error:
+            status = error.code
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --iterations 6 --device cpu".split()
 
 
 def pictures(n, seed=0):
@@ -115,8 +159,8 @@ def naive_training(weights, images, labels, iterations, batch, micro, recipe, se
 
 
 @pytest.mark.parametrize("recipe", cifar_train.RECIPES)
-def test_training_equals_the_naive_one_loss_by_loss(recipe, monkeypatch):
-    args = flags(monkeypatch, "--recipe", recipe, "--batch-size", "8", "--micro-batch", "4", "--seed", "3")
+def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one):
+    args = flags("--recipe", recipe, "--batch-size", "8", "--micro-batch", "4", "--seed", "3")
     args.warmup = 1 if recipe == "paper" else 0  # the first of the three steps
     images, labels = pictures(10)  # fewer than two batches: the second step crosses into the next epoch
     torch.manual_seed(0)
@@ -134,3 +178,536 @@ def test_training_equals_the_naive_one_loss_by_loss(recipe, monkeypatch):
         batches = [(data.augment(crops, mean_crops, std, d).double(), labels[d[0]]) for d in draws]
         loss, _ = cifar_train.step(net, batches, shared, running, optimizer, scaler, autocast)
         assert abs(loss.item() - expected[iteration]) < 1e-9, iteration
+
+
+def test_learning_rate(flags):
+    paper = flags()
+    assert (paper.batch_size, paper.micro_batch, paper.iterations, paper.warmup, paper.lr) == (
+        128,
+        64,
+        64_000,
+        400,
+        0.1,
+    )
+    points = (0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999)
+    rates = [0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert [cifar_train.lr_at(t, paper) for t in points] == rates
+    without = flags("--warmup", 0)
+    assert {cifar_train.lr_at(t, without) for t in range(32_000)} == {0.1}
+    torch_code = flags("--recipe", "resnet-1k-layers")
+    assert (torch_code.batch_size, torch_code.micro_batch, torch_code.iterations) == (64, 32, 156_250)
+    points = (0, 62_499, 62_500, 94_530, 94_531, 156_249)
+    assert [cifar_train.lr_at(t, torch_code) for t in points] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    short = flags("--iterations", 1600, "--lr", 0.05)
+    assert short.warmup == 100
+    assert [cifar_train.lr_at(t, short) for t in (99, 100, 799, 800, 1200)] == [0.005, 0.05, 0.05, 0.005, 0.0005]
+
+
+def test_weight_decay_and_momentum(flags):
+    net = models.cifar_resnet(8, units.BasicExclusiveGating)
+    for recipe, decay in (("paper", 0), ("resnet-1k-layers", 1e-4)):
+        optimizer = cifar_train.sgd(net, flags("--recipe", recipe))
+        weights, others = optimizer.param_groups
+        assert (weights["weight_decay"], others["weight_decay"]) == (1e-4, decay)
+        assert {weights["nesterov"], others["nesterov"]} == {recipe != "paper"}
+        assert {weights["momentum"], others["momentum"]} == {0.9}
+        names = {id(p): name for name, p in net.named_parameters()}
+        decayed = {names[id(p)] for p in weights["params"]}
+        assert "fc.weight" in decayed and "stages.0.0.gate.weight" in decayed
+        assert not any(name.endswith("bias") or ".bn" in name for name in decayed)
+        assert len(weights["params"]) + len(others["params"]) == len(names)
+
+
+def test_the_net_of_a_depth(flags):
+    """20, 56, 110 and 164 are 6n + 2 and 9n + 2 alike: the papers' names decide, never divisibility."""
+    for depth, name in ((20, "basic"), (110, "basic"), (1202, "basic"), (164, "bottleneck"), (1001, "bottleneck")):
+        assert flags("--depth", depth).unit == name
+        args = flags("--depth", depth, "--preact")
+        assert args.unit == name + "-preact" and args.preact
+    args = flags("--depth", 164, "--unit", "basic-preact")
+    assert args.unit == "basic-preact" and args.preact
+    args = flags("--depth", 110, "--unit", "basic-exclusive-gating", "--unit-arg", "gate_bias=-7")
+    assert args.unit_args == {"option": "A", "gate_bias": -7.0} and not args.preact
+    assert args.out == "runs/cifar10-110-basic-exclusive-gating-seed1"
+
+
+# Data
+
+
+def test_draws_are_a_pure_function_of_seed_and_epoch():
+    draws = data.epoch_draws(1, 0, 100, "cpu").clone()
+    data.epoch_draws.cache_clear()
+    assert torch.equal(draws, data.epoch_draws(1, 0, 100, "cpu"))
+    assert draws[0].sort().values.tolist() == list(range(100))
+    for row, values in zip(draws[1:], (range(9), range(9), range(2)), strict=True):
+        assert set(row.tolist()) == set(values)
+    others = [data.epoch_draws(seed, epoch, 100, "cpu") for seed, epoch in ((1, 1), (2, 0), (0, 1))]
+    assert not any(torch.equal(draws[row], other[row]) for other in others for row in range(4))
+
+
+def test_batches_are_one_endless_stream():
+    stream = torch.cat([data.epoch_draws(5, epoch, 10, "cpu") for epoch in range(9)], dim=1)
+    for size in (1, 4, 7, 10, 25):  # 25: a batch of more than two epochs
+        for t in range(90 // size):
+            assert torch.equal(data.batch_draws(5, t, size, 10, "cpu"), stream[:, t * size : (t + 1) * size])
+
+
+def test_augmentation_is_subtract_pad_crop_flip():
+    images, _ = pictures(6)
+    for recipe in cifar_train.RECIPES:
+        mean, std = data.normalisation(images, recipe)
+        padded = torch.nn.functional.pad((images.float() - mean) / std, (4, 4, 4, 4))
+        draws = torch.tensor([[0, 5, 5, 2, 2], [4, 0, 8, 3, 3], [4, 0, 8, 7, 7], [0, 0, 1, 1, 0]])
+        views = data.augment(data.every_crop(images), data.every_crop(mean), std, draws)
+        assert views.is_contiguous(memory_format=torch.channels_last) and views.dtype == torch.float32
+        for view, (index, row, column, flip) in zip(views, draws.T.tolist(), strict=True):
+            crop = padded[index, :, row : row + 32, column : column + 32]
+            assert torch.equal(view, crop.flip(2) if flip else crop)
+        assert torch.equal(views[0], ((images[0].float() - mean) / std))  # no shift at (4, 4)
+
+
+def test_normalisation():
+    images, _ = pictures(50)
+    pixels = images.double()
+    mean, std = data.normalisation(images, "paper")
+    torch.testing.assert_close(mean.double(), pixels.mean(dim=0), rtol=1e-6, atol=0)
+    assert mean.shape == (3, 32, 32) and std.eq(1).all()
+    mean, std = data.normalisation(images, "resnet-1k-layers")
+    torch.testing.assert_close(mean[:, 0, 0].double(), pixels.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(std.flatten().double(), pixels.std(dim=(0, 2, 3), correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real CIFAR-10 does not lie beside the project")
+def test_real_cifar10(tmp_path):
+    subprocess.run([sys.executable, SHARED / "data" / "unpack_cifar10.py", tmp_path], check=True, capture_output=True)
+    images, labels, test_images, test_labels = data.load_cifar("cifar10", tmp_path)
+    assert images.shape == (50_000, 3, 32, 32) and test_images.shape == (10_000, 3, 32, 32)
+    assert labels.bincount().tolist() == [5000] * 10 and test_labels.bincount().tolist() == [1000] * 10
+    mean, std = data.normalisation(images, "resnet-1k-layers")  # fb.resnet.torch's constants, to the digits it gives
+    assert [round(m, 1) for m in mean[:, 0, 0].tolist()] == [125.3, 123.0, 113.9]
+    assert [round(s, 1) for s in std.flatten().tolist()] == [63.0, 62.1, 66.7]
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = bytearray(batch.read_bytes())
+    content[1_000_000] ^= 1
+    for broken in (content, content[:1_000_000], b""):
+        batch.write_bytes(broken)
+        with pytest.raises(ValueError, match="data_batch_3 is damaged"):
+            data.load_cifar("cifar10", tmp_path)
+
+
+def test_cifar100_reader(tmp_path, monkeypatch):
+    """On small batches in the format of the real ones; the pixels' order is the real one's, channel by channel."""
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    raw = {}
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 7), ("test", 3)):
+        raw[name] = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        entry = {"data": raw[name], "fine_labels": list(range(90, 90 + n)), "coarse_labels": [0] * n}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    images, labels, test_images, test_labels = data.load_cifar("cifar100", tmp_path)
+    assert torch.equal(images, torch.from_numpy(raw["train"]).view(7, 3, 32, 32))
+    assert torch.equal(test_images, torch.from_numpy(raw["test"]).view(3, 3, 32, 32))
+    assert labels.tolist() == [90, 91, 92, 93, 94, 95, 96] and test_labels.tolist() == [90, 91, 92]
+    assert [len(part) for part in data.load_cifar("cifar100", tmp_path, 2)] == [2, 2, 2, 2]
+
+
+def test_missing_data_without_a_network(start, monkeypatch):
+    from torchvision.datasets import CIFAR10, cifar
+
+    def no_network(*words, **more):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
+    status, printed = start("--data", "nowhere", "--depth", 8)
+    assert status == 2
+    assert CIFAR10.url in printed and "nowhere" in printed and "--dataset synthetic" in printed
+    assert not os.path.exists("runs")
+
+
+def test_synthetic_is_learnable_and_the_same_at_every_call():
+    images, labels, test_images, test_labels = data.synthetic_cifar(2000, 1000)
+    assert images.dtype == torch.uint8 and images.shape == (2000, 3, 32, 32) and labels.bincount().min() > 100
+    assert all(map(torch.equal, (images, labels), data.synthetic_cifar(2000, 1000)))
+    means = torch.stack([images[labels == c].float().mean(dim=0) for c in range(10)])
+    nearest = torch.cdist(test_images.float().flatten(1), means.flatten(1)).argmin(dim=1)
+    assert (nearest == test_labels).float().mean() > 0.9
+
+
+def test_validation_split_is_the_last_training_images(flags):
+    whole = cifar_train.load_sets(flags("--dataset", "synthetic", "--images", 50))
+    split = cifar_train.load_sets(flags("--dataset", "synthetic", "--images", 50, "--val-split", 8))
+    assert list(whole) == ["train", "test"] and list(split) == ["train", "val", "test"]
+    for i in (0, 1):
+        assert torch.equal(torch.cat([split["train"][i], split["val"][i]]), whole["train"][i])
+        assert len(split["val"][i]) == 8 and torch.equal(split["test"][i], whole["test"][i])
+
+
+# One process and two
+
+
+def twenty_steps(path):
+    """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes, and evaluate."""
+    args = cifar_train.argparse.Namespace(lr=0.1, recipe="paper", warmup=2, iterations=20)
+    images, labels = pictures(51)  # an odd number: the processes evaluate 26 and 25
+    torch.manual_seed(0)
+    net = models.cifar_resnet(8, units.BasicPreAct).double().to(memory_format=torch.channels_last)
+    shared, running = models.flatten(net)
+    optimizer = cifar_train.sgd(net, args)
+    scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+    mean, std = data.normalisation(images, "paper")
+    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
+    each = 4 // dist.get_world_size()
+    sums = []
+    for t in range(20):
+        for group in optimizer.param_groups:
+            group["lr"].fill_(cifar_train.lr_at(t, args))
+        draws = data.batch_draws(1, t, 16, 51, "cpu").chunk(4, dim=1)[dist.get_rank() * each :][:each]
+        batches = [(data.augment(crops, mean_crops, std, d).double(), labels[d[0]]) for d in draws]
+        sums.append(cifar_train.step(net, batches, shared, running, optimizer, scaler, autocast).clone())
+    error = cifar_train.evaluate(net, images, labels, mean.double(), std, autocast, Never())
+    torch.save({"net": net.state_dict(), "sums": sums, "error": error}, path)
+
+
+class Never:
+    """Nobody asks this one to stop."""
+
+    def check(self, due=False):
+        return due
+
+
+def start_workers(world, *words):
+    """This file as `world` processes, in the variables that torchrun sets."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    workers = []
+    for rank in range(world):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        variables = os.environ | {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        workers.append(subprocess.Popen([sys.executable, *map(str, words)], env=variables, cwd=HERE))
+    return [worker.wait(timeout=120) for worker in workers]
+
+
+def test_one_process_and_two_agree(tmp_path, world_of_one):
+    twenty_steps(tmp_path / "one")
+    assert start_workers(2, __file__, tmp_path) == [0, 0]
+    one, first, second = (torch.load(tmp_path / name) for name in ("one", "two-0", "two-1"))
+    assert any("running_var" in name for name in one["net"])
+    for name, value in one["net"].items():
+        torch.testing.assert_close(first["net"][name], value, rtol=0, atol=1e-9)
+        assert torch.equal(first["net"][name], second["net"][name]), name  # every process holds the same state
+    torch.testing.assert_close(torch.stack(first["sums"]), torch.stack(one["sums"]), rtol=0, atol=1e-9)
+    assert one["error"] == first["error"] == second["error"]
+
+
+# The command line and the run folder
+
+
+def test_a_run_and_its_folder(start, tmp_path):
+    status, printed = start(*TINY, "--preact", "--out", "a/run", "--iterations", 260)
+    assert status == 0
+    run = tmp_path / "a" / "run"
+    result, config = (json.loads((run / name).read_text()) for name in ("result.json", "config.json"))
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert list(rows[0]) == ["iteration", "epoch", "lr", "train_loss", "train_error", "test_error", "seconds"]
+    assert [row["iteration"] for row in rows] == ["250", "260"] and [row["lr"] for row in rows] == ["0.001", "0.001"]
+    assert rows[0]["epoch"] == "50.0"
+    assert float(rows[-1]["test_error"]) == result["test_error"]  # the last iterate's, whatever came before
+    assert (
+        result["parameters"] == 75_290 and result["unit"] == "basic-preact" and result["unit_args"] == {"option": "A"}
+    )
+    assert result["dataset"] == "synthetic" and result["depth"] == 8 and result["iterations"] == 260
+    assert result["precision"] == "float32" and result["seed"] == 1 and result["diverged"] is False
+    assert result["seconds"] > 0 and result["peak_memory"] > 1e8 and result["train_loss"] > 0
+    assert config["warmup"] == 16 and config["micro_batch"] == 4 and config["preact"] is True
+    environment = {"commit", "modified", "torch", "device", "tf32", "threads", "processes", "command"}
+    assert environment <= config["environment"].keys() and config["environment"]["processes"] == 1
+    assert printed.splitlines()[-1] == f"finished: test error {result['test_error']:.2f} %; its files are in a/run"
+    assert printed.count("iteration 2") == 2
+
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    status, printed = start(*TINY, "--unit", "basic-preact", "--out", "a/run", "--iterations", 260, "--warmup", 16)
+    assert status == 0 and "already finished" in printed  # the same run, said in other words
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+    status, printed = start("--evaluate", "a/run")
+    assert status == 0 and f"test error {result['test_error']:.2f} % after 260 of 260" in printed
+
+    status, printed = start(*TINY, "--out", "a/run", "--lr", 0.2, "--seed", 2, "--iterations", 260)
+    assert status == 2 and "holds a different run" in printed
+    for difference in (
+        "--lr is 0.1 there and 0.2 here",
+        "--seed is 1 there and 2 here",
+        "--unit is basic-preact there",
+    ):
+        assert difference in printed
+    assert "--data " not in printed and before == {path: path.read_bytes() for path in run.iterdir()}
+
+    state = torch.load(run / "checkpoint.pt", weights_only=True)  # README: five lines to rebuild a net and predict
+    net = models.cifar_resnet(config["depth"], units.UNITS[config["unit"]], **config["unit_args"])
+    net.load_state_dict(state["model"])
+    images, labels = data.load_cifar("synthetic", None, 40)[2:]
+    predicted = net.eval()((images - state["mean"]) / state["std"]).argmax(dim=1)
+    assert 100 * (predicted != labels).double().mean() == result["test_error"]
+
+
+def test_validation_run(start, tmp_path):
+    assert start(*TINY, "--val-split", 10, "--iterations", 260, "--out", "run")[0] == 0
+    rows = list(csv.DictReader(open("run/log.csv")))
+    assert [bool(row["val_error"]) for row in rows] == [True, True]
+    assert [bool(row["test_error"]) for row in rows] == [False, True]  # the test set is looked at once
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert result["test_error"] == float(rows[1]["test_error"]) and result["val_error"] == float(rows[1]["val_error"])
+
+
+def test_evaluation_points(start):
+    """Every 2,000 of 64,000 iterations, scaled, but never more often than every 250, and at the end."""
+    assert start(*TINY, "--images", 2, "--batch-size", 2, "--iterations", 510, "--out", "run")[0] == 0
+    assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == ["250", "500", "510"]
+
+
+def test_diverged_run_is_a_result(start):
+    status, printed = start(*TINY, "--lr", "1e30", "--warmup", 0, "--out", "run", "--checkpoint-seconds", 0)
+    assert status == 0 and "diverged" in printed
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert result["diverged"] is True and result["test_error"] is None and result["train_loss"] is None
+    state = torch.load("run/checkpoint.pt", weights_only=True)  # the last good one
+    assert state["iteration"] < 6 and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("precision", ("tf32", "bf16", "fp16"))
+def test_reduced_precision(start, precision):
+    with pytest.warns(UserWarning, match=f"--precision {precision}.*CPU"):
+        status, _ = start(*TINY, "--precision", precision, "--iterations", 2, "--out", "run")
+    assert status == 0
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert result["precision"] == precision and result["diverged"] is False
+
+
+@pytest.mark.parametrize("launched", (False, True))
+def test_two_processes_write_one_run(launched, tmp_path):
+    words = [*TINY, "--out", tmp_path / "run"]
+    if launched:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*torchrun, "cifar_train.py", *map(str, words)], cwd=HERE, timeout=120)
+        statuses = [done.returncode]
+    else:
+        statuses = start_workers(2, "cifar_train.py", *words)
+    assert set(statuses) == {0}
+    config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
+    assert config["environment"]["processes"] == 2 and result["diverged"] is False
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 2
+
+
+BAD = [
+    ("--depth 21", "depth 21 is impossible", "20 and 26"),
+    ("--depth 100 --unit bottleneck", "depth 100 is impossible", "92 and 101"),
+    ("--depth 20 --preact --unit basic", "--preact contradicts --unit basic", ""),
+    ("--depth 20 --preact --unit basic-relu-preact", "--preact contradicts --unit basic-relu-preact", ""),
+    ("--unit basic-gated", "no --unit basic-gated", "basic-exclusive-gating, basic-shortcut-gating"),
+    ("--unit basic-exclusive-gating --unit-arg bias=1", "takes option, gate_bias", ""),
+    ("--unit basic-plain --unit-arg option=A", "basic-plain takes no arguments", ""),
+    ("--unit basic --unit-arg option=D", "must be A, B or C", ""),
+    ("--unit basic-exclusive-gating --unit-arg gate_bias=low", "gate_bias is a number", ""),
+    ("--batch-size 128 --micro-batch 48", "--micro-batch 48 does not divide --batch-size 128", ""),
+    ("--batch-size 0", "--batch-size must be at least 1", ""),
+    ("--iterations 0", "--iterations must be at least 1", ""),
+    ("--iterations many", "--iterations", "invalid int"),
+    ("--lr -1", "--lr", ""),
+    ("--seed -1", "--seed must be at least 0", ""),
+    ("--checkpoint-seconds -1", "--checkpoint-seconds must be at least 0", ""),
+    ("--recipe mine", "--recipe", "resnet-1k-layers"),
+    ("--dataset mnist", "--dataset", "cifar100"),
+    ("--dept 20", "--dept", ""),
+    ("--dataset synthetic --images 10 --val-split 10", "--val-split 10 leaves nothing", ""),
+    ("--evaluate nowhere", "nowhere/config.json", ""),
+]
+
+
+@pytest.mark.parametrize("words, message, more", BAD)
+def test_bad_input(start, words, message, more):
+    status, printed = start("--device", "cpu", *words.split())
+    assert status == 2 and message in printed and more in printed and "Traceback" not in printed
+    assert os.listdir() == []  # nothing was begun
+
+
+def test_processes_that_do_not_fit(start, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, printed = start(*TINY)
+    assert status == 2 and "3 processes cannot share 2 micro-batches of 4 images" in printed
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    status, printed = start(*TINY)
+    assert status == 2 and "LOCAL_RANK, MASTER_PORT not set" in printed
+
+
+def test_no_permission_to_write(start, tmp_path):
+    (tmp_path / "file").write_text("")  # a folder below a file: refused to everybody, root included
+    status, printed = start(*TINY, "--out", "file/run")
+    assert status == 2 and "file/run" in printed and "Traceback" not in printed
+
+
+def test_a_folder_that_another_program_writes(start, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, printed = start(*TINY, "--out", "run")
+    assert status == 2 and "another program is writing run" in printed
+    assert os.listdir("run") == [".lock"]
+
+
+def test_a_problem_of_one_process_ends_both(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert start_workers(2, "cifar_train.py", *TINY, "--out", tmp_path / "file" / "run") == [2, 2]
+
+
+def test_help_is_grouped_and_shows_defaults(start):
+    status, printed = start("--help")
+    assert status == 0
+    printed = " ".join(printed.split())
+    for group in ("the net:", "the data:", "the recipe:", "the machine and the run:"):
+        assert group in printed
+    for default in ("(default cifar10)", "(default 0.1)", "(default 64000; resnet-1k-layers 156250)", "(default 1)"):
+        assert default in printed
+
+
+# run_all.sh
+
+
+def run_all(*words, cwd=HERE, path=None, **variables):
+    path = f"{path or pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {name: value for name, value in os.environ.items() if name not in ("SEEDS", "SHARD")} | variables
+    done = subprocess.run(
+        ["bash", "run_all.sh", *words],
+        cwd=cwd,
+        env=variables | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def listed(*words, **variables):
+    status, printed, _ = run_all(*words, LIST="1", **variables)
+    assert status == 0
+    return printed.splitlines()
+
+
+def test_every_row_is_a_command_that_parses(flags):
+    lines = listed(SEEDS="1") + listed("110-preact")
+    names = [line.split()[0] for line in lines]
+    assert len(set(names)) == len(names) - 1
+    for line in lines:
+        name, paper, *command = line.split()
+        assert command[:2] == ["python", "cifar_train.py"] and "--unit" in command and "--depth" in command
+        args = flags(*command[2:])
+        seed = name.rpartition("/seed")[2]
+        assert args.out == f"results/{name}" and args.seed == int(seed)
+        assert re.fullmatch(r"fail|-|[\d.]+(,[\d.]+)?", paper)
+        assert ("plain" in args.unit) == ("plain" in name) and ("cifar100" == args.dataset) == ("cifar100" in name)
+        assert str(args.depth) == re.search(r"/(\d+)", name)[1]
+        assert args.warmup == 0 or "1-table6" not in name
+
+
+def test_rows_of_the_tables():
+    one = {tag: listed(tag, SEEDS="1") for tag in "2-table1 2-table2 2-table3 2-table4 1-table6 1-fig6 short".split()}
+    assert {tag: len(lines) for tag, lines in one.items()} == {
+        "2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16
+    }  # fmt: skip
+    everything = listed(SEEDS="1")
+    assert set(everything) == set().union(*one.values())
+    figures = {line.split()[0]: line.split()[1] for line in everything}
+    assert figures["cifar10/110-exclusive-gating-6/seed1"] == "8.70" and figures["cifar10/1001-preact/seed1"] == "4.92"
+    biases = [line for line in one["2-table1"] if "exclusive" in line]
+    assert {int(re.search(r"gate_bias=(-?\d+)", line)[1]) for line in biases} == set(range(-10, 1))
+    assert len(listed("cifar10/164-preact", SEEDS="1")) == 1 and len(listed("cifar10/164-preact")) == 5
+    assert len(listed("cifar10/56")) == 2  # ResNet-56 and plain-56, one run each as in [1]
+    assert run_all("no-such-row", LIST="1")[0] == 2 and run_all(SHARD="3/2", LIST="1")[0] == 2
+
+
+def test_shards_are_a_partition():
+    for words, seeds in (((), ""), (("2-table1", "164"), "3 4")):
+        for n in (1, 2, 5, 8):
+            parts = [listed(*words, SEEDS=seeds, SHARD=f"{i}/{n}") for i in range(1, n + 1)]
+            assert sorted(sum(parts, [])) == sorted(listed(*words, SEEDS=seeds))
+
+
+def test_run_all_goes_on_after_a_failure_and_skips_what_is_done(tmp_path):
+    """With a python that fails on ResNet-32 and writes a result otherwise."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/bash\necho "$@" >> calls\ncase "$*" in *"--depth 32"*) exit 1;; esac\n'
+        'mkdir -p "${@: -1}"\necho > "${@: -1}/result.json"\n'
+    )
+    fake.chmod(0o755)
+    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
+    status, _, errors = run_all("1-fig6", SEEDS="1", cwd=tmp_path, path=fake.parent)
+    assert status == 1 and "cifar10/32-plain/seed1 (exit status 1)" in errors and "20-plain" not in errors
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 5 and (tmp_path / "results/cifar10/56-plain/seed1/result.json").exists()
+    run_all("1-fig6", SEEDS="1", cwd=tmp_path, path=fake.parent)
+    assert (tmp_path / "calls").read_text().splitlines()[5:] == [call for call in calls if "--depth 32" in call]
+
+
+def test_smoke_of_one_row(tmp_path):
+    before = sorted(HERE.glob("results/**/*"))
+    status, printed, _ = run_all("cifar100/1001-preact", SMOKE="1")
+    assert status == 0 and "finished: test error" in printed
+    assert sorted(HERE.glob("results/**/*")) == before
+
+
+# What the project promises of its own text
+
+
+def test_readme_prints_the_step_verbatim():
+    source = (HERE / "cifar_train.py").read_text()
+    node = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "step")
+    step = ast.get_source_segment(source, node)
+    assert f"```python\n{step}\n```" in (HERE / "README.md").read_text()
+    assert len(step.splitlines()) - 2 <= 15 + 1  # the signature and the docstring not counted
+
+
+def test_imports_do_nothing():
+    """No output, no file, no process group, no run: everything is behind main()."""
+    names = [path.stem for path in HERE.glob("*.py") if not path.stem.startswith("test_")]
+    code = f"import {', '.join(names)}; import torch.distributed as d; assert not d.is_initialized()"
+    before = sorted(HERE.iterdir())
+    done = subprocess.run([sys.executable, "-Bc", code], cwd=HERE, capture_output=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"") and sorted(HERE.iterdir()) == before
+
+
+def test_nothing_is_selected_on_the_test_set():
+    for path in [*HERE.glob("*.sh"), *(p for p in HERE.glob("*.py") if not p.stem.startswith("test_"))]:
+        assert not re.search(r"\bbest\b", path.read_text()), path
+
+
+def test_units_and_models_import_torch_alone():
+    for name in ("units", "models"):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        imported = {
+            alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+        }
+        imported |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert imported <= {"torch", "units", *sys.stdlib_module_names}
+
+
+if __name__ == "__main__":
+    import checkpoint
+
+    checkpoint.start_processes("cpu")
+    twenty_steps(pathlib.Path(sys.argv[1], f"two-{dist.get_rank()}"))
+    dist.destroy_process_group()

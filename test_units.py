@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pathlib
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from torch.nn.functional import relu
 import models
 import units
 from units import UNITS
+
+torch.set_num_threads(1)
 
 # The panels, read from top to bottom. On an identity shortcut nothing stands; a gate or a factor stands first.
 BASIC, BOTTLENECK = "conv3x3 bn relu conv3x3 bn", "conv1x1 bn relu conv3x3 bn relu conv1x1 bn"
@@ -137,14 +140,14 @@ def test_merges_of_fig2():
             if "gating" in name:
                 assert unit.gate.weight.shape == (8 * expansion, 4, 1, 1) and unit.gate.bias.eq(-6).all()
                 g = 1 / (1 + torch.exp(-torch.nn.functional.conv2d(x, unit.gate.weight, unit.gate.bias, stride=2)))
-            expected = {
-                "constant-scaling": lambda: 0.5 * h + 0.5 * branch,
-                "exclusive-gating": lambda: (1 - g) * h + g * branch,
-                "shortcut-gating": lambda: (1 - g) * h + branch,
-                "conv-shortcut": lambda: h + branch,
-                "dropout-shortcut": lambda: 0.5 * h + branch,
-            }[name]()
-            torch.testing.assert_close(unit(x), relu(expected), rtol=1e-12, atol=1e-12)
+                merged = (1 - g) * h + (g * branch if "exclusive" in name else branch)
+            elif name == "constant-scaling":
+                merged = 0.5 * h + 0.5 * branch
+            elif name == "dropout-shortcut":
+                merged = 0.5 * h + branch
+            else:
+                merged = h + branch
+            torch.testing.assert_close(unit(x), relu(merged), rtol=1e-12, atol=1e-12)
 
 
 def test_unit_arguments_arrive():
@@ -243,8 +246,8 @@ def test_every_net_classifies(name, classes):
 
 
 def test_first_and_last_activation():
-    """[2] appendix. The stem's BN-ReLU stands before the first split, the first unit has none of its own (its ReLU changes
-    nothing), and only a pre-activation net has one more activation before the average."""
+    """[2] appendix. The stem's BN-ReLU stands before the first split, the first unit has none of its own (its ReLU
+    changes nothing), and only a pre-activation net has one more activation before the average."""
     stem = "conv3x3 bn relu "
     middle = "bn relu conv3x3 bn relu conv3x3 +"
     zero_pad = "bn relu getitem pad conv3x3 bn relu conv3x3 +"
@@ -375,3 +378,53 @@ def test_printed_list():
     assert len(lines) == len(UNITS)
     for line, name in zip(lines, UNITS, strict=True):
         assert line.split()[0] == name and PANELS[name] in line and "parameters" in line
+
+
+# README: "Is your ResNet the paper's?"
+
+
+def without_last_bn(net):
+    net.last = nn.Identity()
+    return net
+
+
+def with_first_bn(net):
+    net.stages[0][0].bn1 = nn.BatchNorm2d(16)
+    return net
+
+
+def with_imagenet_widths(counts):
+    stem = units.conv(3, 3, 64), nn.BatchNorm2d(64), nn.ReLU()
+    return models.ResNet(stem, 64, counts, units.Basic, 10, {"option": "B"})
+
+
+def with_bn_on_projections(net):
+    for stage in net.stages:
+        stage[0].shortcut = nn.Sequential(stage[0].shortcut, nn.BatchNorm2d(stage[0].shortcut.out_channels))
+    return net
+
+
+def test_readme_counts():
+    cifar, preact, deep = models.cifar_resnet, units.BasicPreAct, units.BottleneckPreAct
+    right = {
+        **{f"ResNet-{depth}": cifar(depth, units.Basic) for depth in (20, 32, 44, 56, 110, 1202)},
+        "ResNet-110, pre-activation": cifar(110, preact),
+        "ResNet-164": cifar(164, units.Bottleneck),
+        "ResNet-164, pre-activation": cifar(164, deep),
+        "ResNet-1001": cifar(1001, units.Bottleneck),
+        "ResNet-1001, pre-activation": cifar(1001, deep),
+    }
+    wrong = {
+        'option B ("ResNet-20")': cifar(20, units.Basic, option="B"),
+        'option B ("ResNet-110")': cifar(110, units.Basic, option="B"),
+        'ImageNet\'s widths, 4 stages ("ResNet-18" on CIFAR)': with_imagenet_widths((2, 2, 2, 2)),
+        'ImageNet\'s widths, 4 stages ("ResNet-34" on CIFAR)': with_imagenet_widths((3, 4, 6, 3)),
+        'no BN after the last addition ("pre-activation ResNet-110")': without_last_bn(cifar(110, preact)),
+        'no BN after the last addition ("pre-activation ResNet-164")': without_last_bn(cifar(164, deep)),
+        'BN twice before the first unit ("pre-activation ResNet-110")': with_first_bn(cifar(110, preact)),
+        '164 layers, 18 bottlenecks a stage, called "pre-activation ResNet-110"': cifar(164, deep),
+        'BN on the projections ("pre-activation ResNet-164")': with_bn_on_projections(cifar(164, deep)),
+    }
+    readme = pathlib.Path(__file__).with_name("README.md").read_text()
+    for label, net in (right | wrong).items():
+        assert f"| {label} | {count(net):,} |" in readme

@@ -116,6 +116,16 @@ def train(args, net, sets, run, stop, device):
     began = time.monotonic() - seconds  # so that the clock counts all sittings
     saved = time.monotonic()
 
+    def iterate(draws):
+        parts = draws.chunk(count, dim=1)[mine]
+        batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
+        return step(net, batches, shared, running, optimizer, scaler, autocast)
+
+    if device.type == "cuda":
+        changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
+        draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
+        iterate = graphed(iterate, draws, changing, args)
+
     def finite():
         return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
 
@@ -159,11 +169,8 @@ def train(args, net, sets, run, stop, device):
                 saved = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr_at(iteration, args))
-            draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
-            parts = draws.chunk(count, dim=1)[mine]
-            batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
             torch.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: a pure function, as all draws are
-            loss_error = step(net, batches, shared, running, optimizer, scaler, autocast)
+            loss_error = iterate(data.batch_draws(args.seed, iteration, args.batch_size, len(images), device))
             sums[:2] += loss_error
             if iteration >= args.iterations - tail:
                 sums[2] += loss_error[0]
@@ -193,6 +200,39 @@ def train(args, net, sets, run, stop, device):
     }
 
 
+def graphed(iterate, draws, state, args):
+    """`iterate` as one CUDA graph: launched one by one, the 2,000 kernels of ResNet-110's step are what it waits for.
+
+    The warm-up that a capture needs changes `state`, which is put back. Says why where there can be no graph.
+    """
+    reason = "fp16" if args.precision == "fp16" else "dropout" if "dropout" in args.unit else None
+    static, before, side = draws.clone(), [t.detach().clone() for t in state], torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(0 if reason else 3):
+                iterate(static)
+        torch.cuda.synchronize()
+        if not reason:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
+                loss_error = iterate(static)
+    except RuntimeError as error:
+        reason = str(error)
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        torch._foreach_copy_(state, before)
+
+    def replay(draws):
+        static.copy_(draws)
+        graph.replay()
+        return loss_error
+
+    if reason and dist.get_rank() == 0:
+        print(f"each kernel is launched by itself, without a CUDA graph: {reason}")
+    return iterate if reason else replay
+
+
 def sgd(net, args):
     """The recipe's SGD; with recipe "paper" only the weights of convolutions and fc decay, not BN and biases."""
     weights = [p for p in net.parameters() if p.dim() > 1]
@@ -200,7 +240,10 @@ def sgd(net, args):
     recipe = RECIPES[args.recipe]
     groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if recipe["decay_all"] else 0}]
     lr = torch.tensor(args.lr, dtype=weights[0].dtype, device=weights[0].device)
-    return torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=recipe["nesterov"], fused=True)
+    sgd = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=recipe["nesterov"], fused=True)
+    for p in net.parameters():
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # as after no step; a CUDA graph needs it from the start
+    return sgd
 
 
 def reduced(precision, device):
@@ -360,7 +403,10 @@ def main():
     if run:
         result = checkpoint.read_json(run.folder / "result.json")
         error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
-        print(f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out}")
+        print(
+            f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out} "
+            f"(its curve: python report.py {args.out})"
+        )
     return 0
 
 

@@ -6,6 +6,7 @@
 #   LIST=1 bash run_all.sh              print the runs (name, the papers' figures, command) and run nothing
 #   SEEDS="1 2" bash run_all.sh         these seeds for every row, instead of as many as the paper has
 #   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
+#   JOBS=4 bash run_all.sh              four runs side by side: small nets do not fill a large GPU
 #   SMOKE=1 bash run_all.sh             each row once, for 4 iterations at depth 20 on a few synthetic images
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
@@ -122,12 +123,12 @@ fail() {
 shard=${SHARD:-1/1}
 [[ $shard =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
     fail "SHARD is $shard, but should be like 2/8: which of how many"
+[[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$JOBS', but should be a whole number"
 [[ ${SEEDS:-1} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
 
 results=results
 if [ -n "${SMOKE:-}" ]; then
     results=$(mktemp -d)
-    trap 'rm -rf "$results"' EXIT
     SEEDS=1
     export OMP_NUM_THREADS=1
     smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8"
@@ -139,7 +140,7 @@ for ((k = 0; ; k++)); do
     before=${#runs[@]}
     while read -r tags paper count name flags; do
         selected "$tags" "$name" "$@" || continue
-        seeds=(${SEEDS:-1 2 3 4 5})
+        read -ra seeds <<<"${SEEDS:-1 2 3 4 5}"
         [ -n "${SEEDS:-}" ] || seeds=("${seeds[@]:0:count}")
         [ "$k" -lt "${#seeds[@]}" ] || continue
         run=$name/seed${seeds[k]}
@@ -150,24 +151,60 @@ for ((k = 0; ; k++)); do
 done
 [ ${#runs[@]} -gt 0 ] || fail "no row's name contains $*; the headings' tags are$all_tags"
 
-failed=
-for ((r = i - 1; r < ${#runs[@]}; r += n)); do
-    read -r name paper command <<<"${runs[r]}"
-    if [ -n "${LIST:-}" ]; then
-        printf '%-44s %-10s %s\n' "$name" "$paper" "$command"
-        continue
-    fi
-    [ -e "$results/$name/result.json" ] && continue
+run() { # one run, its own child; a line in $failed if it fails
+    local name paper command child status
+    read -r name paper command <<<"$1"
+    [ -e "$results/$name/result.json" ] && return
     echo "$name (the paper: $paper): $command"
-    $command
+    $command &
+    child=$!
+    trap 'kill -TERM $child' INT TERM # it saves its state and ends
+    wait $child
     status=$?
+    while kill -0 $child 2>/dev/null; do # a signal cut the waiting short
+        wait $child
+        status=$?
+    done
     case $status in
-        0) ;;
-        130 | 143) exit $status ;; # Ctrl-C or SIGTERM: the next call continues the run
-        *) failed+="  $name (exit status $status)"$'\n' ;;
+        0 | 130 | 143) return ;; # finished; stopped, and the next call continues it
+        2) busy "$results/$name" && echo "$name: left to the program that is running it" && return ;;
     esac
+    echo "  $name (exit status $status)" >>"$failed"
+}
+
+busy() { # does another program hold the run's folder?
+    command -v flock >/dev/null && [ -e "$1/.lock" ] && ! flock -n "$1/.lock" true
+}
+
+if [ -n "${LIST:-}" ]; then
+    for ((r = i - 1; r < ${#runs[@]}; r += n)); do
+        read -r name paper command <<<"${runs[r]}"
+        printf '%-44s %-10s %s\n' "$name" "$paper" "$command"
+    done
+    exit
+fi
+
+failed=$(mktemp)
+trap 'rm -rf "$failed" ${smoke:+"$results"}' EXIT
+trap 'stopped=130' INT
+trap 'stopped=143' TERM
+stopped=
+jobs=${JOBS:-1} cores=$(getconf _NPROCESSORS_ONLN)
+[ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
+for ((r = i - 1; r < ${#runs[@]}; r += n)); do
+    run "${runs[r]}" &
+    while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || sleep 0.1; done
+    [ -z "$stopped" ] || break
 done
-[ -z "$failed" ] || {
-    printf 'failed:\n%s' "$failed" >&2
+while [ -z "$stopped" ] && [ -n "$(jobs -rp)" ]; do wait -n || sleep 0.1; done
+if [ -n "$stopped" ]; then
+    trap '' INT TERM
+    jobs -rp | xargs kill -TERM 2>/dev/null
+    wait
+    echo "stopped; the same command continues" >&2
+    exit "$stopped"
+fi
+[ ! -s "$failed" ] || {
+    printf 'failed:\n%s\n' "$(cat "$failed")" >&2
     exit 1
 }

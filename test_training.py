@@ -3,6 +3,7 @@ processes, the command line and run_all.sh. No test looks at a clock."""
 
 import ast
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -430,7 +432,10 @@ def test_a_run_and_its_folder(start, tmp_path):
     assert config["warmup"] == 16 and config["micro_batch"] == 4 and config["preact"] is True
     environment = {"commit", "modified", "torch", "device", "tf32", "threads", "processes", "command"}
     assert environment <= config["environment"].keys() and config["environment"]["processes"] == 1
-    assert printed.splitlines()[-1] == f"finished: test error {result['test_error']:.2f} %; its files are in a/run"
+    last = (
+        f"finished: test error {result['test_error']:.2f} %; its files are in a/run (its curve: python report.py a/run)"
+    )
+    assert printed.splitlines()[-1] == last
     assert printed.count("iteration 2") == 2
 
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -558,8 +563,6 @@ def test_no_permission_to_write(start, tmp_path):
 
 
 def test_a_folder_that_another_program_writes(start, tmp_path):
-    import fcntl
-
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -647,20 +650,59 @@ def test_shards_are_a_partition():
 
 def test_run_all_goes_on_after_a_failure_and_skips_what_is_done(tmp_path):
     """With a python that fails on ResNet-32 and writes a result otherwise."""
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    fake.write_text(
-        '#!/bin/bash\necho "$@" >> calls\ncase "$*" in *"--depth 32"*) exit 1;; esac\n'
-        'mkdir -p "${@: -1}"\necho > "${@: -1}/result.json"\n'
-    )
-    fake.chmod(0o755)
-    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
-    status, _, errors = run_all("1-fig6", SEEDS="1", cwd=tmp_path, path=fake.parent)
+    start = fake_runs(tmp_path, 'case "$*" in *"--depth 32"*) exit 1;; esac\necho > "$out/result.json"\n')
+    status, _, errors = start("1-fig6", SEEDS="1")
     assert status == 1 and "cifar10/32-plain/seed1 (exit status 1)" in errors and "20-plain" not in errors
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 5 and (tmp_path / "results/cifar10/56-plain/seed1/result.json").exists()
-    run_all("1-fig6", SEEDS="1", cwd=tmp_path, path=fake.parent)
-    assert (tmp_path / "calls").read_text().splitlines()[5:] == [call for call in calls if "--depth 32" in call]
+    start("1-fig6", SEEDS="1")
+    assert (tmp_path / "calls").read_text().splitlines()[5:] == [call for call in calls if "/32-plain" in call]
+
+
+def fake_runs(tmp_path, script):
+    """run_all.sh in a folder of its own, with a python that runs a script; its last word is the run's folder."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/bash\nout="${@: -1}"\nmkdir -p "$out"\necho "$out" >> calls\n' + script)
+    fake.chmod(0o755)
+    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
+    return lambda *words, **variables: run_all(*words, cwd=tmp_path, path=fake.parent, **variables)
+
+
+def test_jobs_side_by_side(tmp_path):
+    """Each run once, two at a time: every one waits until another has begun, which one at a time would never see."""
+    wait = 'for i in {1..200}; do [ "$(wc -l < calls)" -gt 1 ] && break; sleep 0.05; done\n'
+    wait += '[ "$(wc -l < calls)" -gt 1 ] && echo "$OMP_NUM_THREADS" > "$out/result.json"\n'
+    status, _, errors = fake_runs(tmp_path, wait)("1-fig6", "1-table6", SEEDS="1", JOBS="2", OMP_NUM_THREADS="")
+    assert (status, errors) == (0, "")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == len(set(calls)) == 11 == len(list(tmp_path.glob("results/*/*/*/result.json")))
+
+
+def test_ctrl_c_stops_every_job(tmp_path):
+    fake_runs(tmp_path, 'trap "echo $out >> stopped; exit 143" TERM\nfor i in {1..600}; do sleep 0.1; done\n')
+    variables = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "JOBS": "3"}
+    process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=variables, start_new_session=True)
+    while not (tmp_path / "calls").exists() or len((tmp_path / "calls").read_text().splitlines()) < 3:
+        assert process.poll() is None
+    time.sleep(0.5)  # for the last one's trap
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    assert process.wait(timeout=30) == 130
+    calls, stopped = ((tmp_path / name).read_text().splitlines() for name in ("calls", "stopped"))
+    assert len(calls) == 3 and sorted(calls) == sorted(stopped)
+
+
+def test_a_row_that_another_program_runs_is_left_to_it(tmp_path):
+    """As cifar_train.py does it: status 2 while another program holds the folder's lock."""
+    start = fake_runs(tmp_path, '[ "$1" = cifar_train.py ] && exit 2\n')
+    folder = tmp_path / "results/cifar10/20-plain/seed1"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, printed, errors = start("20-plain")
+        assert status == 0 and "left to the program that is running it" in printed
+    status, printed, errors = start("20-plain")  # nobody holds it: bad input
+    assert status == 1 and "cifar10/20-plain/seed1 (exit status 2)" in errors
 
 
 def test_smoke_of_one_row(tmp_path):

@@ -1,0 +1,555 @@
+"""The papers' tables and figures, theirs beside ours, from the run folders under results/.
+
+    python report.py                        # results/README.md, its figures, and the table that opens README.md
+    python report.py RUN [RUN ...]          # curve.png into each run's folder
+    python report.py --responses RUN ...    # [1] Fig. 7 measured on trained nets: responses.csv into each folder
+
+A cell is filled by finished runs alone, those whose folder is results/<name in run_all.sh>/seed<n>.
+"""
+
+import argparse
+import csv
+import json
+import math
+import pathlib
+import re
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
+
+TITLES = {
+    "2-table1": "[2] Table 1: shortcuts, CIFAR-10",
+    "2-table2": "[2] Table 2: the order of activations, CIFAR-10",
+    "2-table3": "[2] Table 3: original and pre-activation units",
+    "2-table4": "[2] Table 4: comparison",
+    "1-table6": "[1] Table 6: CIFAR-10",
+    "1-fig6": "[1] Fig. 6: plain nets (the paper's figures read off its curves)",
+    "short": "The short schedule",
+}
+
+# Figure: its axes, and for each panel a title and the curves, by their name in paper/ and in run_all.sh
+LOSS, ERROR, TRAIN, TEST = "loss and error", "error", "training error", "test error"
+ORIGINAL = ("ResNet-110 original", "cifar10/110")
+FIGURES = {
+    "2-fig1": (LOSS, "[2] Fig. 1 right: ResNet-1001", [
+        ("", [("ResNet-1001 original", "cifar10/1001"), ("ResNet-1001 pre-activation", "cifar10/1001-preact")]),
+    ]),
+    "2-fig3": (LOSS, "[2] Fig. 3: shortcuts", [
+        ("(a)", [ORIGINAL, ("ResNet-110 constant scaling 0.5/0.5", "cifar10/110-constant-scaling-0.5-0.5")]),
+        ("(b)", [ORIGINAL, ("ResNet-110 exclusive gating, b=-6", "cifar10/110-exclusive-gating-6")]),
+        ("(c)", [ORIGINAL, ("ResNet-110 shortcut-only gating, b=0", "cifar10/110-shortcut-gating-0")]),
+        ("(d)", [ORIGINAL, ("ResNet-110 1x1 conv shortcut", "cifar10/110-conv-shortcut")]),
+    ]),
+    "2-fig6": (LOSS, "[2] Fig. 6: the order of activations", [
+        ("left", [ORIGINAL, ("ResNet-110 BN after addition", "cifar10/110-bn-after-add")]),
+        ("right", [("ResNet-164 original", "cifar10/164"), ("ResNet-164 pre-activation", "cifar10/164-preact")]),
+    ]),
+    "1-fig1": (ERROR, "[1] Fig. 1: plain nets", [
+        (kind, [("plain-20", "cifar10/20-plain"), ("plain-56", "cifar10/56-plain")]) for kind in (TRAIN, TEST)
+    ]),
+    "1-fig6": (ERROR, "[1] Fig. 6: plain and residual nets", [
+        ("left", [(f"plain-{depth}", f"cifar10/{depth}-plain") for depth in (20, 32, 44, 56)]),
+        ("middle", [(f"ResNet-{depth}", f"cifar10/{depth}") for depth in (20, 32, 44, 56, 110)]),
+        ("right", [(f"ResNet-{depth}", f"cifar10/{depth}") for depth in (110, 1202)]),
+    ]),
+}  # fmt: skip
+RESPONSES = {f"plain-{depth}": f"cifar10/{depth}-plain" for depth in (20, 56)}
+RESPONSES |= {f"ResNet-{depth}": f"cifar10/{depth}" for depth in (20, 56, 110)}
+
+
+# Reading
+
+
+def read_run(folder):
+    """A run's result with its log under "log". Raises ValueError saying what is wrong with the folder."""
+    try:
+        run = json.loads((folder / "result.json").read_text())
+        with open(folder / "log.csv", newline="") as file:
+            run |= {"log": read_log(file), "folder": folder}
+        run["error"] = math.inf if run["diverged"] else float(run["test_error"])
+        missing = {"precision", "seconds", "peak_memory", "iterations", "train_loss"} - run.keys()
+        if missing:
+            raise ValueError(f"result.json lacks {', '.join(sorted(missing))}")
+    except FileNotFoundError as error:
+        raise ValueError(f"not finished: there is no {pathlib.Path(error.filename).name}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
+    return run
+
+
+def read_log(file):
+    return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_runs(root):
+    """({row's name: its runs}, other runs, problems). A row's runs are of one precision, float32 if there are any."""
+    rows, others, problems = {}, [], []
+    folders = {path.parent for name in ("config.json", "log.csv", "result.json") for path in root.rglob(name)}
+    for folder in sorted(folders):
+        try:
+            run = read_run(folder)
+        except ValueError as error:
+            problems.append(f"{folder.relative_to(root)}: {error}")
+            continue
+        name, _, seed = folder.relative_to(root).as_posix().rpartition("/")
+        known = re.fullmatch(r"seed\d+", seed) and name in {cell["run"] for cell in cells()}
+        rows.setdefault(name, []).append(run) if known else others.append(run)
+    for name, runs in rows.items():
+        precision = min((run["precision"] for run in runs), key=["float32", "tf32", "bf16", "fp16"].index)
+        others += [run for run in runs if run["precision"] != precision]
+        rows[name] = [run for run in runs if run["precision"] == precision]
+    return rows, others, problems
+
+
+def cells():
+    with open(HERE / "paper" / "tables.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def paper_curves():
+    """{(network, quantity): {figure: [(x, value), ...]}} of both; x is the iteration, in [1] Fig. 7 the layer."""
+    curves = {}
+    for name in ("identity_mappings", "deep_residual_learning"):
+        with open(HERE / "paper" / f"{name}.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                figures = curves.setdefault((row["network"], row["quantity"]), {})
+                point = float(row.get("iteration") or row["x"]), float(row["value"])
+                figures.setdefault(row["figure"], []).append(point)
+    return curves
+
+
+# Tables
+
+
+def ours(runs, fails=False):
+    """median (mean +- std, n) of the runs' test errors; above 20 % "fail", where the papers say so."""
+    if not runs:
+        return ""
+    errors = [run["error"] for run in runs]
+    finite = [error for error in errors if error < math.inf]
+    median = statistics.median(errors)
+    shown, notes = f"{median:.2f}", []
+    if median == math.inf:
+        shown = "diverged"
+    if fails and median > 20:
+        shown, notes = "fail", [shown]
+    if len(finite) > 1:
+        notes.append(f"{statistics.mean(finite):.2f} ± {statistics.stdev(finite):.2f}")
+    notes.append(f"n = {len(errors)}")
+    if len(finite) < len(errors):
+        notes.append(f"{len(errors) - len(finite)} diverged")
+    return f"{shown} ({', '.join(notes)})"
+
+
+def table(tag, rows):
+    """A paper's table as Markdown, ours beside each of its columns."""
+    mine = [cell for cell in cells() if cell["table"] == tag]
+    columns = list(dict.fromkeys(cell["column"] for cell in mine))
+    lines = ["| |" + "".join(f" {column} | ours |" for column in columns), "|---|" + "---|---|" * len(columns)]
+    for label in dict.fromkeys(cell["row"] for cell in mine):
+        line = f"| {label} |"
+        for column in columns:
+            cell = next((cell for cell in mine if (cell["row"], cell["column"]) == (label, column)), None)
+            found = rows.get(cell["run"], []) if cell else []
+            line += f" {cell['paper'] if cell else ''} | {ours(found, cell and tag in ('2-table1', '1-fig6'))} |"
+        lines.append(line)
+    return lines
+
+
+def short_table(rows):
+    """The short schedule's table: the papers' ResNet-110, and our test error and training loss, medians."""
+    lines = ["| unit | the papers' ResNet-110 | test error, % | training loss |", "|---|---|---|---|"]
+    for label, paper, runs in short_rows(rows):
+        losses = [run["train_loss"] for run in runs if run["train_loss"] is not None]
+        loss = f"{statistics.median(losses):.2f}" if losses else ""
+        lines.append(f"| {label} | {paper} | {ours(runs)} | {loss} |")
+    return lines
+
+
+def short_rows(rows):
+    """(label, the papers' figure, our runs) of the short schedule, in the papers' order."""
+    mine = [cell for cell in cells() if cell["table"] == "short"]
+    paper = {cell["row"]: cell["paper"] for cell in mine if not cell["run"]}
+    return [(cell["row"], paper[cell["row"]], rows.get(cell["run"], [])) for cell in mine if cell["run"]]
+
+
+def orderings(rows):
+    """What the short runs say of the papers' order: one line a claim, and how many pairs agree."""
+    found = {}
+    for label, paper, runs in short_rows(rows):
+        if runs:
+            figure = math.inf if paper == "fail" else float(paper)
+            found[label] = figure, statistics.median(run["error"] for run in runs), len(runs)
+    claims = [
+        ("full pre-activation", "original"),
+        ("original", "ReLU before addition"),
+        ("original", "BN after addition"),
+        ("original", "1x1 conv shortcut"),
+        ("original", "constant scaling 0.5, 0.5"),
+        ("original", "exclusive gating, b_g = -6"),
+        ("original", "shortcut-only gating, b_g = 0"),
+        ("original", "dropout shortcut"),
+        ("original", "plain"),
+        ("shortcut-only gating, b_g = -6", "shortcut-only gating, b_g = 0"),
+        ("exclusive gating, b_g = -6", "exclusive gating, b_g = 0"),
+        ("constant scaling 0.5, 0.5", "constant scaling 0.5, 1"),
+        ("original", "original, 1-layer skip"),
+        ("pre-activation, 1-layer skip", "original, 1-layer skip"),
+    ]
+    lines = ["| the papers: lower | than | ours | n | shows |", "|---|---|---|---|---|"]
+    for low, high in claims:
+        if low in found and high in found:
+            (_, a, n), (_, b, m) = found[low], found[high]
+            lines.append(f"| {low} | {high} | {a:.2f} and {b:.2f} | {n} and {m} | {'yes' if a < b else '**no**'} |")
+        else:
+            lines.append(f"| {low} | {high} | | | not run |")
+    pairs = [(a, b) for a in found.values() for b in found.values() if a[0] + 0.5 < b[0]]
+    agree = sum(a[1] < b[1] for a, b in pairs)
+    lines += [
+        "",
+        f"Of {len(pairs)} pairs that differ by more than 0.5 % in the papers, {agree} have the same order here.",
+    ]
+    return lines
+
+
+def runs_of(tag, rows):
+    """How the runs of a table were made, how far from the paper they end, what choosing on the test set would do."""
+    mine = [cell for cell in cells() if cell["table"] == tag and cell["run"] in rows]
+    if not mine:
+        return ["No run yet."]
+    lines = ["| runs | n | precision | hours each | peak memory, GB |", "|---|---|---|---|---|"]
+    away, gains = [], []
+    for cell in mine:
+        runs = rows[cell["run"]]
+        hours = statistics.median(run["seconds"] for run in runs) / 3600
+        memory = max(run["peak_memory"] for run in runs) / 1e9
+        lines.append(
+            f"| [{cell['run']}]({cell['run']}) | {len(runs)} | {runs[0]['precision']} | {hours:.2f} | {memory:.2f} |"
+        )
+        median, figure = statistics.median(run["error"] for run in runs), re.match(r"[\d.]+", cell["paper"])
+        if figure and abs(median - float(figure[0])) > 0.5:
+            away.append(f"{cell['row']} ({median - float(figure[0]):+.2f})")
+        elif cell["paper"] == "fail" and median <= 20:
+            away.append(f"{cell['row']} ({median:.2f} instead of a failure)")
+        for run in runs:
+            errors = [row["test_error"] for row in run["log"] if row.get("test_error") is not None]
+            if errors and run["error"] < math.inf:
+                gains.append(errors[-1] - min(errors))
+    if gains:
+        gain = (
+            f"{statistics.mean(gains):.2f} % above the lowest of a run's test evaluations (mean of {len(gains)} runs)"
+        )
+        lines += ["", f"The last iterate, which is what the table shows, is {gain}."]
+    if away:
+        lines += ["", "More than 0.5 % from the paper: " + "; ".join(away) + "."]
+    return lines
+
+
+# Check-points of the curves, paper.md's: where does a run leave the paper's?
+
+ITERATIONS = (10_000, 20_000, 30_000, 36_000, 46_000, 56_000, 64_000)
+WINDOWS = ((1_000, 3_000), (9_000, 11_000), (29_000, 31_000), (35_000, 37_000), (45_000, 47_000), (62_000, 66_000))
+
+
+def paper_error_at(points, iteration):
+    """The test error of a paper's curve at an iteration: the mean within 1,500 of it. Above 20 % there is no curve."""
+    near = [y for x, y in points if abs(x - iteration) <= 1_500]
+    return f"{statistics.mean(near):.2f}" if near else ">20"
+
+
+def paper_loss_in(points, window):
+    """The mean training loss of a paper's curve in a window of iterations; above 2 it is cut off."""
+    values = [y for x, y in points if window[0] <= x <= window[1]]
+    return f"{statistics.mean(values):.4f}" if values else (">2" if window[0] < 5_000 else "<0.002")
+
+
+def checkpoints(panels, curves, rows):
+    """Test error and training loss at the check-points of a figure's curves, the paper's and our first run's."""
+    header = [f"{t // 1000}k" for t in ITERATIONS] + [f"{a // 1000}-{b // 1000}k" for a, b in WINDOWS]
+    lines = ["| | " + " | ".join(header) + " |", "|---|" + "---|" * len(header)]
+    for network, name in dict.fromkeys(curve for _, panel in panels for curve in panel):
+        (error,), (loss,) = (curves[network, quantity].values() for quantity in ("test_error", "train_loss"))
+        values = [paper_error_at(error, t) for t in ITERATIONS] + [paper_loss_in(loss, window) for window in WINDOWS]
+        lines.append(f"| {network}, paper | " + " | ".join(values) + " |")
+        full = [run for run in rows.get(name, []) if run["iterations"] == 64_000]
+        if full:
+            log = {row["iteration"]: row for row in full[0]["log"] if row["test_error"] is not None}
+            values = [f"{log[t]['test_error']:.2f}" if t in log else "" for t in ITERATIONS]
+            for (
+                a,
+                b,
+            ) in WINDOWS:  # a row's loss is the mean since the row before: those that end in or next to the window
+                losses = [row["train_loss"] for t, row in log.items() if a <= t <= b + 1_000]
+                values.append(f"{statistics.mean(losses):.4f}" if losses else "")
+            lines.append(f"| ours ({full[0]['folder'].name}) | " + " | ".join(values) + " |")
+    return lines
+
+
+# Figures
+
+
+def save(figure, name):
+    figure.tight_layout()
+    for suffix in ("svg", "png"):
+        figure.savefig(RESULTS / f"{name}.{suffix}", dpi=110, metadata={"Date": None} if suffix == "svg" else {})
+    plt.close(figure)
+
+
+def plot(axes, points, **style):
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def our_points(run, quantity):
+    return [(row["iteration"], row[quantity]) for row in run["log"] if row.get(quantity) is not None]
+
+
+def paper_points(curves, network, quantity, figure):
+    """A curve of the paper: of those drawn in several figures the one of this figure, else any."""
+    figures = curves.get((network, quantity), {})
+    return next((points for key, points in figures.items() if figure in key), next(iter(figures.values()), []))
+
+
+def label_iterations(axes, end):
+    axes.set_xlim(0, end)
+    axes.set_xticks(range(0, end, 10_000), [str(i) for i in range(len(range(0, end, 10_000)))])
+    axes.set_xlabel("iterations (1e4)")
+
+
+def draw_figure(name, curves, rows):
+    """One figure of the papers: their curves thin and pale, ours strong, in the same colours and axes."""
+    kind, title, panels = FIGURES[name]
+    down, across = (2, 2) if len(panels) == 4 else (1, len(panels))
+    figure, grid = plt.subplots(down, across, figsize=(4.4 * across, 3.6 * down), squeeze=False)
+    for axes, (panel, networks) in zip(grid.flat, panels, strict=True):
+        axes.set_title(f"{title} {panel}".strip(), fontsize=10)
+        right = axes.twinx() if kind == LOSS else axes
+        quantities = [("train_loss", axes, "--"), ("test_error", right, "-")]
+        if kind == ERROR:
+            quantities = [("train_error", axes, "--"), ("test_error", axes, "-")]
+            quantities = {TRAIN: quantities[:1], TEST: quantities[1:]}.get(panel, quantities)
+        for i, (network, run_name) in enumerate(networks):
+            for quantity, where, line in quantities:
+                theirs = paper_points(curves, network, quantity, f"{name[-1]} {panel}".replace("(", "").strip())
+                plot(where, theirs, color=f"C{i}", linestyle=line, linewidth=0.8, alpha=0.5)
+                for run in rows.get(run_name, []):
+                    plot(where, our_points(run, quantity), color=f"C{i}", linestyle=line, linewidth=1.8)
+            n = len(rows.get(run_name, []))
+            right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours, n = {n}' if n else 'paper alone'})")
+        label_iterations(axes, 68_000 if kind == LOSS else 64_000)
+        if kind == LOSS:
+            axes.set(yscale="log", ylim=(0.002, 2), ylabel="training loss (dashed)")
+            right.set(ylim=(0, 20), ylabel="test error, % (solid)")
+        else:
+            axes.set(ylim=(0, 20), ylabel=panel + ", %" if panel in (TRAIN, TEST) else "error, % (dashed: training)")
+        right.legend(fontsize=7, loc="upper right")
+    save(figure, name)
+
+
+def draw_responses(curves, rows):
+    """[1] Fig. 7: the paper's dots pale, ours as lines, in layer order and sorted."""
+    figure, grid = plt.subplots(2, 1, figsize=(7, 6))
+    for axes, half in zip(grid, ("top", "bottom"), strict=True):
+        for i, (network, name) in enumerate(RESPONSES.items()):
+            theirs = curves[network, "response_std"][f"7 {half}"]
+            plot(axes, theirs, color=f"C{i}", linewidth=0.8, alpha=0.5)
+            measured = [run["folder"] / "responses.csv" for run in rows.get(name, [])]
+            measured = [path for path in measured if path.exists()]
+            for path in measured:
+                with open(path, newline="") as file:
+                    values = [float(row["std"]) for row in csv.DictReader(file)]
+                values = sorted(values, reverse=True) if half == "bottom" else values
+                plot(axes, list(enumerate(values, 1)), color=f"C{i}", linewidth=1.8)
+            note = f"ours, n = {len(measured)}" if measured else "paper alone"
+            axes.plot([], [], color=f"C{i}", label=f"{network} ({note})")
+        axes.set(ylabel="std", xlabel="layer" + (", sorted by magnitude" if half == "bottom" else ""), ylim=(0, 3.6))
+        axes.legend(fontsize=7, ncols=2)
+    grid[0].set_title("[1] Fig. 7: std of the 3x3 layers' responses, after BN", fontsize=10)
+    save(figure, "1-fig7")
+
+
+def draw_short(rows):
+    """The short schedule's test errors beside the papers' ResNet-110, in the papers' order."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+    labels = []
+    for i, (label, paper, runs) in enumerate(short_rows(rows)):
+        labels.append(label)
+        if paper == "fail":
+            left.text(20, i, "fail (> 20 %)", ha="right", va="center", fontsize=8, color="C3")
+        else:
+            left.plot(float(paper), i, "o", color="C7")
+        errors = [run["error"] for run in runs if run["error"] < math.inf]
+        right.plot(errors, [i] * len(errors), "o", color="C0", markersize=4, alpha=0.5)
+        if errors:
+            right.plot(statistics.median(errors), i, "|", color="C0", markersize=14, markeredgewidth=2)
+    left.set_yticks(range(len(labels)), labels, fontsize=8)
+    left.invert_yaxis()
+    left.set(title="the papers: ResNet-110, 64,000 iterations", xlabel="test error, %", xlim=(5, 20.5))
+    right.set(title="here: 38 layers, 1,600 iterations", xlabel="test error, % (each run, median)")
+    for axes in (left, right):
+        axes.title.set_fontsize(10)
+        axes.grid(axis="y", alpha=0.3)
+    save(figure, "short")
+
+
+def draw_run(folder):
+    """curve.png into a run's folder, finished or not: training loss dashed at the left, errors solid at the right."""
+    with open(folder / "log.csv", newline="") as file:
+        run = {"log": read_log(file)}
+    figure, axes = plt.subplots(figsize=(6, 4))
+    right = axes.twinx()
+    plot(axes, our_points(run, "train_loss"), color="C0", linestyle="--", marker=".")
+    for quantity, color in (("test_error", "C0"), ("val_error", "C1")):
+        plot(right, our_points(run, quantity), color=color, marker=".", label=quantity.replace("_", " "))
+    axes.set(yscale="log", xlabel="iterations", ylabel="training loss (dashed)", title=folder.name)
+    right.set(ylabel="error, % (solid)")
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "curve.png", dpi=110)
+    plt.close(figure)
+
+
+def measure_responses(folder):
+    """[1] Fig. 7: the std of each 3x3 layer's output after BN, before ReLU and addition, over 1,000 test images with BN
+    in evaluation mode (the paper does not say which images or mode). Writes responses.csv: layer, std."""
+    import torch
+
+    import data
+    import models
+    import units
+
+    config = json.loads((folder / "config.json").read_text())
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    net = models.cifar_resnet(
+        config["depth"], units.UNITS[config["unit"]], data.CLASSES[config["dataset"]], **config["unit_args"]
+    )
+    net.load_state_dict(state["model"])
+    responses, latest = [], None
+
+    def hook(layer, inputs, output):
+        nonlocal latest
+        if isinstance(layer, torch.nn.Conv2d):
+            latest = output if layer.kernel_size == (3, 3) else None
+        elif inputs[0] is latest:  # the BN of the 3x3 layer that has just run
+            responses.append(output.std().item())
+
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.BatchNorm2d)):
+            layer.register_forward_hook(hook)
+    images = data.load_cifar(config["dataset"], config["data"], 1_000)[2]
+    with torch.inference_mode():
+        net.eval()((images - state["mean"]) / state["std"])
+    with open(folder / "responses.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("layer", "std"), *((i, round(std, 4)) for i, std in enumerate(responses, 1))])
+
+
+# The pages
+
+
+def headline(rows):
+    """What opens README.md: the short schedule, and of the papers' nets those that have been run."""
+    lines = ["![test error of each unit](results/short.svg)", "", *short_table(rows), ""]
+    papers = [cell for cell in cells() if cell["run"] in rows and cell["table"] != "short"]
+    if papers:
+        lines += ["| the papers' nets, full schedule | paper | ours |", "|---|---|---|"]
+        for cell in {cell["run"]: cell for cell in papers}.values():
+            lines.append(f"| {cell['run']} | {cell['paper']} | {ours(rows[cell['run']], cell['paper'] == 'fail')} |")
+    else:
+        lines.append("None of the papers' nets has been run on its full schedule of 64,000 iterations yet.")
+    return "\n".join(lines)
+
+
+START, END = "<!-- written by report.py -->", "<!-- end -->"
+
+
+def with_headline(text, rows):
+    """README.md's text with the part between the two marks made anew."""
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n{headline(rows)}\n{END}{rest.partition(END)[2]}"
+
+
+def page(rows, others, problems):
+    """results/README.md."""
+    curves = paper_curves()
+    lines = [
+        "# Results",
+        "",
+        "Written by `python report.py` from the run folders beside it; a cell is empty where nothing has run. Test",
+        "error in %, of the last iterate: *median (mean ± std over the runs, n)*. [2]'s figures are medians of 5 runs.",
+    ]
+    for tag, title in TITLES.items():
+        lines += ["", f"## {title}", ""]
+        if tag == "short":
+            lines += [
+                "Not the papers' tables, but an evening on a laptop (`bash run_all.sh short`): 38 layers, batches of",
+                "32 in one micro-batch, 1,600 iterations, learning rate 0.05 after 100 iterations of warm-up, recipe",
+                "`paper` otherwise. Every error is far above the papers', who train on 160 times as many images. What",
+                "one should see is their order: pre-activation on an identity shortcut lowest, anything else on the",
+                "shortcut worse, no shortcut among the worst. What one does see is below the table.",
+                "",
+                *short_table(rows),
+                *["", "![short schedule](short.svg)", ""],
+                *orderings(rows),
+            ]
+        else:
+            lines += table(tag, rows)
+        lines += ["", *runs_of(tag, rows)]
+    lines += ["", "## Figures", "", "The papers' curves are thin and pale, ours strong, in the same colours."]
+    for name, (kind, title, panels) in FIGURES.items():
+        lines += ["", f"### {title}", "", f"![{title}]({name}.svg)"]
+        if kind == LOSS:
+            lines += ["", "Test error at the iteration, then mean training loss in the window:", ""]
+            lines += checkpoints(panels, curves, rows)
+    lines += ["", "### [1] Fig. 7: layer responses", "", "![layer responses](1-fig7.svg)"]
+    if others:
+        lines += ["", "## Other runs", "", "| folder | dataset | depth | unit | iterations | test error, % |"]
+        lines.append("|---|---|---|---|---|---|")
+        for run in others:
+            name = run["folder"].relative_to(RESULTS).as_posix()
+            settings = " | ".join(str(run.get(key)) for key in ("dataset", "depth", "unit", "iterations"))
+            lines.append(f"| [{name}]({name}) | {settings} | {ours([run])} |")
+    if problems:
+        lines += ["", "## Not read", "", *(f"- {problem}" for problem in problems)]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=pathlib.Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--responses", action="store_true", help="measure [1] Fig. 7 on the runs' checkpoints")
+    args = parser.parse_args()
+    if args.responses and not args.runs:
+        parser.error("--responses needs the folder of a run")
+    for folder in args.runs:
+        try:
+            measure_responses(folder) if args.responses else draw_run(folder)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"report.py: {folder}: {error or type(error).__name__}", file=sys.stderr)
+            return 2
+        print(folder / ("responses.csv" if args.responses else "curve.png"))
+    if not args.runs:
+        rows, others, problems = read_runs(RESULTS)
+        RESULTS.mkdir(exist_ok=True)
+        plt.rcParams["svg.hashsalt"] = "resnet"  # the same picture is the same file
+        curves = paper_curves()
+        for name in FIGURES:
+            draw_figure(name, curves, rows)
+        draw_responses(curves, rows)
+        draw_short(rows)
+        (RESULTS / "README.md").write_text(page(rows, others, problems))
+        readme = HERE / "README.md"
+        readme.write_text(with_headline(readme.read_text(), rows))
+        print(*problems, f"wrote {RESULTS / 'README.md'}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The pages and pictures of report.py on every state that results/ can be in, and what is committed there."""
+
+import csv
+import json
+import math
+import pathlib
+import re
+import statistics
+import sys
+
+import pytest
+
+import cifar_train
+import report
+from test_training import listed
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty results/ and a README.md of its own; returns what makes a run there."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    (tmp_path / "paper").symlink_to(HERE / "paper")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+
+    def make(name, error, lowest=None, **more):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        errors = [50.0, error if lowest is None else lowest, error]
+        rows = [
+            f"{t},1.0,0.1,0.5,20.0,{e if e is not None else ''},1.0"
+            for t, e in zip((2000, 10000, 64000), errors, strict=True)
+        ]
+        header = "iteration,epoch,lr,train_loss,train_error,test_error,seconds"
+        (folder / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+        (folder / "config.json").write_text("{}")
+        result = {"dataset": "cifar10", "depth": 110, "unit": "basic", "precision": "float32", "iterations": 64_000}
+        result |= {
+            "test_error": error,
+            "diverged": error is None,
+            "train_loss": 0.5,
+            "seconds": 7200,
+            "peak_memory": 2e9,
+        }
+        (folder / "result.json").write_text(json.dumps(result | more))
+        return folder
+
+    make.page = lambda: (tmp_path / "results" / "README.md").read_text()
+    make.readme = lambda: (tmp_path / "README.md").read_text()
+    return make
+
+
+def test_empty_results(results):
+    assert report.main() == 0
+    assert "| original, Fig. 4(a) | 6.61 |  | 5.93 |  |" in results.page()
+    assert "(n =" not in results.page() and results.page().count("No run yet.") == len(report.TITLES)
+    pictures = {path.name for path in report.RESULTS.iterdir()}
+    names = [*report.FIGURES, "1-fig7", "short"]
+    assert pictures == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")} | {"README.md"}
+    assert results.readme().startswith("before\n") and results.readme().endswith("after\n")
+    assert "None of the papers' nets" in results.readme() and "old" not in results.readme()
+
+
+def test_one_run(results):
+    results("cifar10/110/seed3", 6.5, lowest=6.25)
+    report.main()
+    page = results.page()
+    assert "| original, Fig. 2(a) | 6.61 | 6.50 (n = 1) |" in page  # the last iterate's
+    assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
+    assert "is 0.25 % above the lowest of a run's test evaluations (mean of 1 runs)" in page
+    ours = next(line for line in page.splitlines() if line.startswith("| ours (seed3)"))
+    assert ours.split("|")[2].strip() == "6.25" and ours.split("|")[8].strip() == "6.50"
+    assert "| cifar10/110 | 6.43 (6.61±0.16) | 6.50 (n = 1) |" in results.readme()
+
+
+def test_five_seeds_and_a_diverged_one(results):
+    errors = [6.1, 6.9, 6.3, 6.6, 6.4]
+    for seed, error in enumerate(errors, 1):
+        results(f"cifar10/110-preact/seed{seed}", error)
+    for seed, error in enumerate((90.0, 62.5, None), 1):
+        results(f"cifar10/110-dropout-shortcut/seed{seed}", error)
+    results("cifar10/110-exclusive-gating-3/seed1", 9.0)
+    results("cifar10/164/seed1", None)
+    report.main()
+    page = results.page()
+    mean, std = statistics.mean(errors), statistics.stdev(errors)
+    assert f"| 6.37 | 6.40 ({mean:.2f} ± {std:.2f}, n = 5) |" in page
+    assert (
+        "| dropout shortcut, Fig. 2(f): dropout 0.5 | fail | fail (90.00, 76.25 ± 19.45, n = 3, 1 diverged) |" in page
+    )
+    assert "| 5.93 | diverged (n = 1, 1 diverged) |" in page
+    assert "b_g = -3 (9.00 instead of a failure)" in page
+
+
+def test_folders_that_cannot_be_read_are_named_and_skipped(results, capsys):
+    good = results("cifar10/20/seed1", 8.7)
+    for seed, content in enumerate(('{"test_error": 8.', "[]", "{}", '{"diverged": false, "test_error": "x"}'), 2):
+        folder = results(f"cifar10/20/seed{seed}", 1.0)
+        (folder / "result.json").write_text(content)
+    (results("cifar10/20/seed6", 1.0) / "result.json").unlink()
+    (results("cifar10/20/seed7", 1.0) / "log.csv").write_bytes(b"iteration,test_error\n1,\xff\xfe")
+    (results("cifar10/20/seed8", 1.0) / "log.csv").unlink()
+    assert report.main() == 0
+    page, printed = results.page(), capsys.readouterr().out
+    assert "| ResNet-20 | 8.75 | 8.70 (n = 1) |" in page
+    for seed in range(2, 9):
+        assert f"- cifar10/20/seed{seed}: " in page and f"cifar10/20/seed{seed}: " in printed
+    assert "cifar10/20/seed6: not finished: there is no result.json" in page
+    assert good.exists() and "seed1:" not in printed
+
+
+def test_other_runs_and_precisions_fill_no_cell(results):
+    results("cifar10/110/seed1", 6.5)
+    results("cifar10/110/seed2", 1.5, precision="bf16")
+    results("cifar10/20-preact-800", 36.0)
+    results("mine/seed1", 2.5)
+    report.main()
+    page = results.page()
+    assert "| 6.50 (n = 1) |" in page and page.count("| 1.50 (n = 1) |") == 1
+    others = page[page.index("## Other runs") :]
+    for name in ("cifar10/110/seed2", "cifar10/20-preact-800", "mine/seed1"):
+        assert f"[{name}]({name})" in others
+
+
+def test_orderings_of_the_short_schedule(results):
+    for name, error in (("short/38-preact", 40.0), ("short/38", 50.0), ("short/38-plain", 45.0)):
+        for seed in (1, 2, 3):
+            results(f"{name}/seed{seed}", error + seed)
+    report.main()
+    page = results.page()
+    assert "| full pre-activation | original | 42.00 and 52.00 | 3 and 3 | yes |" in page
+    assert "| original | plain | 52.00 and 47.00 | 3 and 3 | **no** |" in page
+    assert "| original | dropout shortcut | | | not run |" in page
+    assert "Of 2 pairs that differ by more than 0.5 % in the papers, 1 have the same order here." in page
+
+
+def test_curve_of_any_run(results, monkeypatch, capsys):
+    folder = results("anything", None)
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+    assert report.main() == 0 and (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["report.py", "nowhere"])
+    assert report.main() == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_responses_are_the_std_after_bn(tmp_path, monkeypatch):
+    """[1] Fig. 7 on a small net, against the same numbers taken unit by unit."""
+    import torch
+
+    import data
+    import models
+    import units
+
+    torch.manual_seed(0)
+    net = models.cifar_resnet(14, units.Basic)
+    state = {"model": net.state_dict(), "mean": torch.full((3, 32, 32), 120.0), "std": torch.ones(3, 1, 1)}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    config = {"depth": 14, "unit": "basic", "unit_args": {"option": "A"}, "dataset": "synthetic", "data": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--responses", str(tmp_path)])
+    assert report.main() == 0
+    measured = [float(row["std"]) for row in csv.DictReader(open(tmp_path / "responses.csv"))]
+    x = (data.load_cifar("synthetic", None, 1_000)[2] - state["mean"]).float()
+    expected = []
+    with torch.inference_mode():
+        x = net.eval().stem[1](net.stem[0](x))
+        expected.append(x.std())
+        x = x.relu()
+        for unit in (unit for stage in net.stages for unit in stage):
+            y = unit.bn1(unit.conv1(x))
+            z = unit.residual(x)
+            expected += [y.std(), z.std()]
+            x = unit(x)
+    assert len(measured) == 13 and all(map(lambda a, b: abs(a - b) < 1e-3, measured, expected))
+
+
+# The papers' numbers, in three places
+
+
+def test_tables_and_run_all_hold_the_same_figures():
+    rows = {line.split()[0].removesuffix("/seed1"): line.split()[1].split(",") for line in listed(SEEDS="1")}
+    tags = {tag: {line.split()[0].removesuffix("/seed1") for line in listed(tag, SEEDS="1")} for tag in report.TITLES}
+    found = {tag: set() for tag in tags}
+    for cell in report.cells():
+        if cell["run"]:
+            found[cell["table"]].add(cell["run"])
+            assert cell["metric"] == "test error %"
+            if cell["table"] != "short":
+                assert cell["paper"].split()[0] in rows[cell["run"]], cell
+    assert found == tags
+    assert set().union(*found.values()) == set(rows)
+
+
+def test_curves_end_at_the_tables_figures():
+    """paper.md 3.6: a table's figure is the end of its curve."""
+    curves = report.paper_curves()
+    figures = {cell["run"]: cell["paper"].split()[0] for cell in report.cells() if cell["table"].startswith("2-")}
+    for name, (kind, _, panels) in report.FIGURES.items():
+        for network, run in {curve for _, panel in panels for curve in panel}:
+            for quantity in ("test_error", "train_loss" if kind == report.LOSS else "train_error"):
+                assert curves[network, quantity], (name, network)
+            if kind == report.LOSS:
+                (points,) = curves[network, "test_error"].values()
+                assert abs(max(points)[1] - float(figures[run])) < 0.25, network
+    for network in report.RESPONSES:
+        assert len(curves[network, "response_std"]["7 top"]) > 15
+
+
+def test_paper_checkpoints():
+    """paper.md 2.6's, to the digits it gives."""
+    curves = report.paper_curves()
+    for network, expected in {
+        "ResNet-110 original": (12.8, 10.6, 10.3, 6.92, 6.73, 6.64, 6.57),
+        "ResNet-110 1x1 conv shortcut": (None, 20.0, 19.0, 12.6, 13.2, 12.2, 12.27),
+        "ResNet-164 pre-activation": (13.2, 9.5, 9.1, 6.01, 5.81, 5.51, 5.46),
+        "ResNet-1001 original": (None, 15.4, 11.7, 8.52, 8.56, 7.77, 7.59),
+    }.items():
+        (points,) = curves[network, "test_error"].values()
+        for iteration, value in zip(report.ITERATIONS, expected, strict=True):
+            shown = report.paper_error_at(points, iteration)
+            assert shown == ">20" if value is None else abs(float(shown) - value) <= 0.051, (network, iteration)
+    (points,) = curves["ResNet-164 original", "train_loss"].values()
+    losses = [float(report.paper_loss_in(points, window)) for window in report.WINDOWS]
+    for value, expected in zip(losses, (0.91, 0.291, 0.149, 0.0161, 0.0051, 0.0023), strict=True):
+        assert math.isclose(value, expected, rel_tol=0.06)
+
+
+# What is committed
+
+
+def committed():
+    return sorted(path.parent for path in (HERE / "results").rglob("result.json"))
+
+
+def test_committed_runs_are_their_rows(monkeypatch):
+    """A folder with a row's name was made with that row's flags, on all images, from committed code."""
+    commands = {line.split()[0]: line.split()[4:] for line in listed(SEEDS="1 2 3 4 5")}
+    for folder in committed():
+        name = folder.relative_to(HERE / "results").as_posix()
+        config = json.loads((folder / "config.json").read_text())
+        assert config["environment"]["modified"] is False, name
+        if re.search(r"/seed\d+$", name):
+            monkeypatch.setattr(sys, "argv", ["cifar_train.py", *commands[name]])
+            flags = vars(cifar_train.parse_flags())
+            free = {"data", "out", "device", "evaluate", "checkpoint_seconds"}
+            assert {k: v for k, v in flags.items() if k not in free} == {
+                k: v for k, v in config.items() if k not in free | {"environment"}
+            }, name
+
+
+def test_committed_results_agree_with_their_logs():
+    for folder in committed():
+        run = report.read_run(folder)
+        if not run["diverged"]:
+            assert (
+                run["log"][-1]["iteration"] == run["iterations"] and run["log"][-1]["test_error"] == run["test_error"]
+            )
+
+
+def test_pages_are_not_stale():
+    rows, others, problems = report.read_runs(HERE / "results")
+    readme = (HERE / "README.md").read_text()
+    assert report.with_headline(readme, rows) == readme, "run python report.py"
+    assert report.page(rows, others, problems) == (HERE / "results" / "README.md").read_text(), "run python report.py"

@@ -191,7 +191,7 @@ def environment(config):
     cuda = torch.cuda.is_available() and config.get("device") != "cpu"
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -317,9 +317,10 @@ def paper_points(curves, network, quantity, figure):
     return next((points for key, points in figures.items() if figure in key), next(iter(figures.values()), []))
 
 
-def label_iterations(axes, end):
-    axes.set_xlim(0, end)
-    axes.set_xticks(range(0, end, 10_000), [str(i) for i in range(len(range(0, end, 10_000)))])
+def label_iterations(axes, start, end):
+    ticks = range(math.ceil(start / 10_000) * 10_000, end, 10_000)
+    axes.set_xlim(start, end)
+    axes.set_xticks(ticks, [str(tick // 10_000) for tick in ticks])
     axes.set_xlabel("iterations (1e4)")
 
 
@@ -342,14 +343,15 @@ def draw_figure(name, curves, rows):
                 for run in rows.get(run_name, []):
                     plot(where, our_points(run, quantity), color=f"C{i}", linestyle=line, linewidth=1.8)
             n = len(rows.get(run_name, []))
-            right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours, n = {n}' if n else 'paper alone'})")
-        label_iterations(axes, 68_000 if kind == LOSS else 64_000)
+            right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours: n = {n}' if n else 'paper'})")
+        begin = 34_000 if "ResNet-1202" in dict(networks) else 0  # as the paper cuts it
+        label_iterations(axes, begin, 68_000 if kind == LOSS else 64_000)
         if kind == LOSS:
             axes.set(yscale="log", ylim=(0.002, 2), ylabel="training loss (dashed)")
             right.set(ylim=(0, 20), ylabel="test error, % (solid)")
         else:
             axes.set(ylim=(0, 20), ylabel=panel + ", %" if panel in (TRAIN, TEST) else "error, % (dashed: training)")
-        right.legend(fontsize=7, loc="upper right")
+        right.legend(fontsize=7, loc="upper right", framealpha=0.6)
     save(figure, name)
 
 
@@ -367,7 +369,7 @@ def draw_responses(curves, rows):
                     values = [float(row["std"]) for row in csv.DictReader(file)]
                 values = sorted(values, reverse=True) if half == "bottom" else values
                 plot(axes, list(enumerate(values, 1)), color=f"C{i}", linewidth=1.8)
-            note = f"ours, n = {len(measured)}" if measured else "paper alone"
+            note = f"ours: n = {len(measured)}" if measured else "paper"
             axes.plot([], [], color=f"C{i}", label=f"{network} ({note})")
         axes.set(ylabel="std", xlabel="layer" + (", sorted by magnitude" if half == "bottom" else ""), ylim=(0, 3.6))
         axes.legend(fontsize=7, ncols=2)

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import cifar_train
 import data
 import models
@@ -497,6 +498,27 @@ def test_reduced_precision(start, precision):
     assert result["precision"] == precision and result["diverged"] is False
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+def test_graphed_steps_equal_plain_ones(start, monkeypatch, precision):
+    words = [*TINY, "--device", "cuda", "--depth", 20, "--iterations", 20, "--warmup", 3, "--precision", precision]
+    status, printed = start(*words, "--out", "graphed")
+    assert status == 0 and "without a CUDA graph" not in printed
+    monkeypatch.setattr(cifar_train, "graphed", lambda iterate, *more: iterate)
+    assert start(*words, "--out", "plain")[0] == 0
+    graphed, plain = (checkpoint.load(out) for out in ("graphed", "plain"))
+    assert all(torch.equal(value, plain["model"][name]) for name, value in graphed["model"].items())
+    for i, state in graphed["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], plain["optimizer"]["state"][i]["momentum_buffer"])
+    assert torch.equal(graphed["sums"], plain["sums"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_step_that_cannot_be_a_graph_says_so(start):
+    status, printed = start(*TINY, "--device", "cuda", "--unit", "basic-dropout-shortcut", "--out", "run")
+    assert status == 0 and "without a CUDA graph: dropout" in printed
+
+
 @pytest.mark.parametrize("launched", (False, True))
 def test_two_processes_write_one_run(launched, tmp_path):
     words = [*TINY, "--out", tmp_path / "run"]
@@ -748,8 +770,6 @@ def test_units_and_models_import_torch_alone():
 
 
 if __name__ == "__main__":
-    import checkpoint
-
     checkpoint.start_processes("cpu")
     twenty_steps(pathlib.Path(sys.argv[1], f"two-{dist.get_rank()}"))
     dist.destroy_process_group()

@@ -131,7 +131,7 @@ if [ -n "${SMOKE:-}" ]; then
     results=$(mktemp -d)
     SEEDS=1
     export OMP_NUM_THREADS=1
-    smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8"
+    smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8 --micro-batch 4"
 fi
 
 # The runs: the first seed of every row, then the second of every row, so that a table fills evenly.

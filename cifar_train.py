@@ -176,9 +176,11 @@ def train(args, net, sets, run, stop, device):
                 sums[2] += loss_error[0]
             iteration += 1
             bar.update()
-    except checkpoint.Stopped:
+    except checkpoint.Stopped as stopped:
         if finite():
             save()
+        if rank == 0:
+            print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -327,8 +329,11 @@ def resolve(args):
             raise ValueError(f"--unit-arg {word}: {args.unit} takes {', '.join(args.unit_args) or 'no arguments'}")
         try:
             args.unit_args[name] = type(args.unit_args[name])(value)
+            finite = isinstance(args.unit_args[name], str) or math.isfinite(args.unit_args[name])
         except ValueError:
-            raise ValueError(f"--unit-arg {word}: {name} is a number") from None
+            finite = False
+        if not finite:
+            raise ValueError(f"--unit-arg {word}: {name} is a number")
     del args.unit_arg
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
@@ -352,11 +357,12 @@ def resolve(args):
         raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
 
 
-def evaluate_run(folder, root, device, stop):
+def evaluate_run(flags, device, stop):
     """Print the test error of a run's checkpoint; net and data set are those of its config.json."""
+    folder = flags.evaluate
     with checkpoint.all_or_none():
         args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
-        args.data = root or args.data
+        args.data = flags.data or args.data
         state = checkpoint.load(folder)
         if state is None:
             raise ValueError(f"{folder} holds no checkpoint")
@@ -367,6 +373,29 @@ def evaluate_run(folder, root, device, stop):
     error = evaluate(net, images, labels, mean, std, reduced(args.precision, device), stop)
     if dist.get_rank() == 0:
         print(f"{folder}: test error {error:.2f} % after {state['iteration']:,} of {args.iterations:,} iterations")
+    return 0
+
+
+def train_run(args, device, stop):
+    """Train the net that the flags name, or say that this has been done; the result is in the run's folder."""
+    args.data = args.data or "data"
+    done = pathlib.Path(args.out, "result.json").exists()
+    with checkpoint.all_or_none():
+        sets = None if done else load_sets(args)
+        torch.manual_seed(args.seed)
+        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+        net.to(device, memory_format=torch.channels_last)
+        flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
+        run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
+    result = None if done else train(args, net, sets, run, stop, device)
+    if run:
+        if not done:
+            run.finish(result)
+        result = checkpoint.read_json(run.folder / "result.json")
+        error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
+        print(f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out} ", end="")
+        print(f"(its curve: python report.py {args.out})")
+    return 0
 
 
 def main():
@@ -378,36 +407,10 @@ def main():
         checkpoint.fail(error)
     stop = checkpoint.Stop()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    if args.evaluate:
-        evaluate_run(args.evaluate, args.data, device, stop)
-        return 0
-
-    args.data = args.data or "data"
-    done = pathlib.Path(args.out, "result.json").exists()
-    with checkpoint.all_or_none():
-        sets = None if done else load_sets(args)
-        torch.manual_seed(args.seed)
-        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-        net.to(device, memory_format=torch.channels_last)
-        flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
-        run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
-    if not done:
-        try:
-            result = train(args, net, sets, run, stop, device)
-        except checkpoint.Stopped as stopped:
-            if run:
-                print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
-            return stopped.status
-        if run:
-            run.finish(result)
-    if run:
-        result = checkpoint.read_json(run.folder / "result.json")
-        error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
-        print(
-            f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out} "
-            f"(its curve: python report.py {args.out})"
-        )
-    return 0
+    try:
+        return evaluate_run(args, device, stop) if args.evaluate else train_run(args, device, stop)
+    except checkpoint.Stopped as stopped:
+        return stopped.status
 
 
 if __name__ == "__main__":

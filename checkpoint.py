@@ -20,6 +20,8 @@ import zipfile
 import torch
 import torch.distributed as dist
 
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+
 # Flags that may change between the sittings of one run; every other one is part of what the run is.
 FREE = {"data", "out", "workers", "device", "compile", "checkpoint_seconds"}
 
@@ -54,6 +56,8 @@ def fail(problem):
     """End with a message and exit status 2: bad input."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{pathlib.Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(2)
 
 
@@ -81,7 +85,7 @@ class Stopped(Exception):
 
 class Stop:
     """Listens to SIGTERM, SIGINT and SIGUSR1. While training, the first one is heeded at the next `check`; before that,
-    and the second time, they end the process at once."""
+    and a second later or more, the next ends the process at once."""
 
     def __init__(self):
         self.asked, self.when, self.training = 0, 0.0, False
@@ -124,7 +128,11 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another program is writing {folder}: wait for it, or choose another --out") from None
+        self.wrote = False
         path = self.folder / "config.json"
+        held = [name for name in ("result.json", *CHECKPOINTS) if (self.folder / name).exists()]
+        if held and not path.exists():
+            raise ValueError(f"{folder} holds {held[0]} but no config.json, so of what run is unknown")
         if path.exists():
             there = read_json(path)
             differ = [
@@ -138,15 +146,16 @@ class Run:
             write_json(path, config | {"environment": environment(config)})
 
     def save(self, state):
-        """Write the state to checkpoint.pt and keep the one before as checkpoint.previous.pt."""
-        newest = self.folder / "checkpoint.pt"
+        """Write the state to checkpoint.pt and keep the one before, if it is whole, as checkpoint.previous.pt."""
+        newest, previous = (self.folder / name for name in CHECKPOINTS)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         temporary = write_temporary(newest, buffer.getbuffer())
-        if newest.exists():
-            os.replace(newest, self.folder / "checkpoint.previous.pt")
+        if self.wrote or (newest.exists() and damage(newest) is None):
+            os.replace(newest, previous)
         os.replace(temporary, newest)
         sync(self.folder)
+        self.wrote = True
 
     def log(self, rows):
         """Write log.csv anew: `rows` are dicts with the same keys."""
@@ -165,35 +174,47 @@ def load(folder):
     """The state in a run's folder, on the CPU; None when there is no checkpoint. Takes the newest readable one; raises
     ValueError when there are checkpoints and none can be read."""
     problems = []
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        path = pathlib.Path(folder, name)
+    for path in (pathlib.Path(folder, name) for name in CHECKPOINTS):
         if path.exists():
-            try:
-                damaged = zipfile.ZipFile(path).testzip()  # torch.load does not check the archive's CRCs
-                if damaged is None:
-                    return torch.load(path, map_location="cpu", weights_only=True)
-                problems.append(f"{path}: {damaged} is damaged")
-            except Exception as error:  # a damaged file may raise anything
-                problems.append(f"{path}: {error}")
+            problem = damage(path)
+            if problem is None:
+                if problems:
+                    print(f"{problems[0]}; going on from {path}", file=sys.stderr)
+                return torch.load(path, map_location="cpu", weights_only=True)
+            problems.append(f"{path} is damaged: {problem}")
     if problems:
         raise ValueError("no checkpoint can be read: " + "; ".join(problems))
     return None
+
+
+def damage(path):
+    """What keeps a checkpoint from being read, or None. torch.load alone does not look at the archive's CRCs."""
+    try:
+        part = zipfile.ZipFile(path).testzip()
+        if part is None:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return part
+    except Exception as error:  # a damaged file may raise anything
+        return f"{type(error).__name__}: {error}"
 
 
 def environment(config):
     """Where and from which code a run is made."""
 
     def git(*words):
-        here = pathlib.Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     cuda = torch.cuda.is_available() and config.get("device") != "cpu"
+    changes = git("status", "--porcelain", "--untracked-files=no")
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "modified": None if changes is None else changes != "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else cpu,
@@ -205,11 +226,14 @@ def environment(config):
 
 
 def read_json(path):
-    """The content of a JSON file; ValueError when it is damaged."""
+    """The dict in a JSON file; ValueError when it is damaged."""
     try:
-        return json.loads(pathlib.Path(path).read_text())
+        content = json.loads(pathlib.Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds no flags or results")
+    return content
 
 
 def write_json(path, content):

@@ -48,7 +48,7 @@ def lr_at(iteration, args):
 
 
 def step(net, micro_batches, shared, running, optimizer, scaler, autocast):
-    """One iteration of SGD. Returns the mean loss and error of the mini-batch, on the device (2,)."""
+    """One iteration of SGD. Leaves the mean loss and error of the mini-batch in shared[-2:]."""
     shared.zero_()  # gradients | running statistics | loss, error
     before = running.clone()
     for images, labels in micro_batches:
@@ -64,7 +64,6 @@ def step(net, micro_batches, shared, running, optimizer, scaler, autocast):
     running.copy_(shared[-len(running) - 2 : -2])
     scaler.step(optimizer)
     scaler.update()
-    return shared[-2:]
 
 
 @torch.inference_mode()
@@ -84,8 +83,8 @@ def evaluate(net, images, labels, mean, std, autocast, stop):
     return 100 * wrong.item() / len(images)
 
 
-def train(args, net, sets, run, stop, device):
-    """Train a net, from the run's checkpoint where there is one, to args.iterations or until it diverges.
+def train(args, net, sets, state, run, stop, device):
+    """Train a net, on from a checkpoint's state where there is one, to args.iterations or until it diverges.
 
     sets: {"train": (images, labels), "test": ...} and perhaps "val". Process 0 writes the run's folder. Returns the
     result; raises Stopped, with everything saved, when asked to stop.
@@ -106,10 +105,11 @@ def train(args, net, sets, run, stop, device):
     autocast = reduced(args.precision, device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
     iteration, seconds, rows = 0, 0.0, []
-    state = checkpoint.load(args.out)
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)  # load_state_dict leaves it where it was read
         scaler.load_state_dict(state["scaler"])
         sums.copy_(state["sums"])
         iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
@@ -119,7 +119,7 @@ def train(args, net, sets, run, stop, device):
     def iterate(draws):
         parts = draws.chunk(count, dim=1)[mine]
         batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
-        return step(net, batches, shared, running, optimizer, scaler, autocast)
+        step(net, batches, shared, running, optimizer, scaler, autocast)
 
     if device.type == "cuda":
         changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
@@ -170,17 +170,17 @@ def train(args, net, sets, run, stop, device):
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr_at(iteration, args))
             torch.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: a pure function, as all draws are
-            loss_error = iterate(data.batch_draws(args.seed, iteration, args.batch_size, len(images), device))
-            sums[:2] += loss_error
+            iterate(data.batch_draws(args.seed, iteration, args.batch_size, len(images), device))
+            sums[:2] += shared[-2:]
             if iteration >= args.iterations - tail:
-                sums[2] += loss_error[0]
+                sums[2] += shared[-2]
             iteration += 1
             bar.update()
     except checkpoint.Stopped as stopped:
         if finite():
             save()
-        if rank == 0:
-            print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
+            if rank == 0:
+                print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -218,7 +218,7 @@ def graphed(iterate, draws, state, args):
         torch.cuda.synchronize()
         if not reason:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
-                loss_error = iterate(static)
+                iterate(static)
     except RuntimeError as error:
         reason = str(error)
     torch.cuda.synchronize()
@@ -228,7 +228,6 @@ def graphed(iterate, draws, state, args):
     def replay(draws):
         static.copy_(draws)
         graph.replay()
-        return loss_error
 
     if reason and dist.get_rank() == 0:
         print(f"each kernel is launched by itself, without a CUDA graph: {reason}")
@@ -306,7 +305,8 @@ def parse_flags():
     add("--evaluate", metavar="RUN", help="print the test error of a run's checkpoint instead of training")
     args = parser.parse_args()
     try:
-        resolve(args)
+        if args.evaluate is None:
+            resolve(args)
     except ValueError as error:
         checkpoint.fail(error)
     return args
@@ -346,14 +346,14 @@ def resolve(args):
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
     minima = dict(iterations=1, batch_size=1, micro_batch=1, warmup=0, seed=0, val_split=0, images=0)
     for name, least in (minima | dict(checkpoint_seconds=0)).items():
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be a positive number, not {args.lr}")
     if args.batch_size % args.micro_batch:
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
     count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE", 1))
-    if count % world:
+    if world < 1 or count % world:
         raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
 
 
@@ -362,12 +362,15 @@ def evaluate_run(flags, device, stop):
     folder = flags.evaluate
     with checkpoint.all_or_none():
         args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
-        args.data = flags.data or args.data
         state = checkpoint.load(folder)
         if state is None:
             raise ValueError(f"{folder} holds no checkpoint")
-        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-        net.load_state_dict(state["model"])
+        try:
+            args.data = flags.data or args.data
+            net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+            net.load_state_dict(state["model"])
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{folder}: its config.json does not describe its checkpoint's net: {error}") from None
         images, labels, mean, std = (t.to(device) for t in (*load_sets(args)["test"], state["mean"], state["std"]))
     net.to(device, memory_format=torch.channels_last)
     error = evaluate(net, images, labels, mean, std, reduced(args.precision, device), stop)
@@ -387,7 +390,8 @@ def train_run(args, device, stop):
         net.to(device, memory_format=torch.channels_last)
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
-    result = None if done else train(args, net, sets, run, stop, device)
+        state = None if done else checkpoint.load(args.out)
+    result = None if done else train(args, net, sets, state, run, stop, device)
     if run:
         if not done:
             run.finish(result)
@@ -400,7 +404,7 @@ def train_run(args, device, stop):
 
 def main():
     args = parse_flags()
-    sys.stdout.reconfigure(line_buffering=True)  # a line an evaluation, also into a file
+    sys.stdout.reconfigure(line_buffering=True)  # a line an evaluation at once, also into a file
     try:
         device = checkpoint.start_processes(args.device)
     except ValueError as error:
@@ -408,7 +412,7 @@ def main():
     stop = checkpoint.Stop()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        return evaluate_run(args, device, stop) if args.evaluate else train_run(args, device, stop)
+        return (train_run if args.evaluate is None else evaluate_run)(args, device, stop)
     except checkpoint.Stopped as stopped:
         return stopped.status
 

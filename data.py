@@ -27,8 +27,9 @@ def load_cifar(dataset, root, limit=0):
     folder = pathlib.Path(root, kind.base_folder)
     files = [(folder / name, md5) for name, md5 in kind.train_list + kind.test_list]
     files.append((folder / kind.meta["filename"], kind.meta["md5"]))
-    if not all(path.exists() for path, _ in files):
-        download(kind, root, folder)
+    missing = [path for path, _ in files if not path.exists()]
+    if missing:
+        download(kind, root, missing[0])
     for path, md5 in files:
         if not check_md5(path, md5):
             raise ValueError(
@@ -43,7 +44,7 @@ def load_cifar(dataset, root, limit=0):
     return images[0], labels[0], images[1], labels[1]
 
 
-def download(kind, root, folder):
+def download(kind, root, missing):
     """Fetch a torchvision data set; of several programs that want it one does, the others wait."""
     pathlib.Path(root).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(root, ".download.lock"), "w") as lock:
@@ -52,7 +53,7 @@ def download(kind, root, folder):
             kind(root, download=True)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"there is no {folder}, and {kind.url} could not be downloaded ({error}). Download that file elsewhere "
+                f"there is no {missing}, and {kind.url} could not be downloaded ({error}). Download it elsewhere "
                 f"and unpack it in {root}, or say with --data where it lies. --dataset synthetic needs no download"
             ) from None
 

@@ -12,7 +12,8 @@
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's figure is the test error in %; [2] says fail above 20 %, and - stands for one that it does not report.
 # In [2] every figure is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
-# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. ResNet-1202 warms up too: that is our choice.
+# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. That ResNet-1202 and, in both papers' tables,
+# plain-110 warm up too is our choice.
 
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -129,10 +130,17 @@ shard=${SHARD:-1/1}
 results=results
 if [ -n "${SMOKE:-}" ]; then
     results=$(mktemp -d)
+    trap 'rm -rf "$results"' EXIT
     SEEDS=1
     export OMP_NUM_THREADS=1
     smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8 --micro-batch 4"
 fi
+
+names=$(awk '{print $4}' <<<"$rows")
+for word; do
+    [[ $all_tags = *" $word "* || $names = *"$word"* ]] ||
+        fail "no row's name contains $word; the headings' tags are$all_tags"
+done
 
 # The runs: the first seed of every row, then the second of every row, so that a table fills evenly.
 runs=()
@@ -149,16 +157,15 @@ for ((k = 0; ; k++)); do
     done <<<"$rows"
     [ ${#runs[@]} -gt "$before" ] || break
 done
-[ ${#runs[@]} -gt 0 ] || fail "no row's name contains $*; the headings' tags are$all_tags"
 
 run() { # one run, its own child; a line in $failed if it fails
-    local name paper command child status
+    local name paper command child status stopped=
     read -r name paper command <<<"$1"
     [ -e "$results/$name/result.json" ] && return
     echo "$name (the paper: $paper): $command"
     $command &
     child=$!
-    trap 'kill -TERM $child' INT TERM # it saves its state and ends
+    trap 'stopped=1; kill -TERM $child' INT TERM # it saves its state and ends
     wait $child
     status=$?
     while kill -0 $child 2>/dev/null; do # a signal cut the waiting short
@@ -166,7 +173,8 @@ run() { # one run, its own child; a line in $failed if it fails
         status=$?
     done
     case $status in
-        0 | 130 | 143) return ;; # finished; stopped, and the next call continues it
+        0) return ;;
+        130 | 143) [ -n "$stopped" ] && return ;; # the next call continues it
         2) busy "$results/$name" && echo "$name: left to the program that is running it" && return ;;
     esac
     echo "  $name (exit status $status)" >>"$failed"

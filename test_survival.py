@@ -81,7 +81,7 @@ def test_stopped_twice_and_continued(undisturbed, numbers, tmp_path):
 def test_damaged_checkpoint_is_not_used(tmp_path):
     """Falls back to the one before; with none readable it stops and starts nothing anew."""
     run = checkpoint.Run.__new__(checkpoint.Run)
-    run.folder = tmp_path
+    run.folder, run.wrote = tmp_path, False
     assert checkpoint.load(tmp_path) is None
     for iteration in (1, 2):
         run.save({"iteration": iteration, "model": {"w": torch.full((1000,), float(iteration))}})
@@ -93,6 +93,11 @@ def test_damaged_checkpoint_is_not_used(tmp_path):
     for damaged in (flipped, whole[:-100], whole[:50], b""):
         newest.write_bytes(damaged)
         assert checkpoint.load(tmp_path)["iteration"] == 1
+    run.wrote = False  # a new sitting: what is damaged must not take the place of what is whole
+    run.save({"iteration": 3, "model": {}})
+    assert checkpoint.load(tmp_path)["iteration"] == 3
+    newest.write_bytes(b"")
+    assert checkpoint.load(tmp_path)["iteration"] == 1
     newest.unlink()  # killed between the two renames
     assert checkpoint.load(tmp_path)["iteration"] == 1
     previous.write_bytes(b"")

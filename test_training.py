@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -122,9 +123,10 @@ def naive_resnet20(w, x):
     return x.mean(dim=3).mean(dim=2) @ w["fc.weight"].T + w["fc.bias"]
 
 
-def naive_training(weights, images, labels, iterations, batch, micro, recipe, seed):
-    """The losses of SGD over an endless shuffled stream, each image cut out of its own zero-padded copy."""
-    w = {name: value.clone().requires_grad_() for name, value in weights.items()}
+def naive_training(weights, images, labels, rates, batch, micro, recipe, seed):
+    """SGD over an endless shuffled stream, each image cut out of its own zero-padded copy: the losses of the iterations
+    with these learning rates, and the weights after them."""
+    w = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
     velocity = {name: torch.zeros_like(value) for name, value in w.items()}
     x = images.numpy().astype(np.float32)
     if recipe == "paper":
@@ -134,9 +136,9 @@ def naive_training(weights, images, labels, iterations, batch, micro, recipe, se
         mean, std = (s.astype(np.float32).reshape(1, 3, 1, 1) for s in (pixels.mean(axis=1), pixels.std(axis=1)))
         x = (x - mean) / std
     padded = np.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4)))
-    stream = np.concatenate([data.epoch_draws(seed, e, len(images), "cpu").numpy() for e in range(9)], axis=1).T
+    stream = np.concatenate([data.epoch_draws(seed, e, len(images), "cpu").numpy() for e in range(20)], axis=1).T
     losses = []
-    for t in range(iterations):
+    for t, rate in enumerate(rates):
         drawn = stream[t * batch : (t + 1) * batch]
         total = 0
         for start in range(0, batch, micro):
@@ -150,37 +152,52 @@ def naive_training(weights, images, labels, iterations, batch, micro, recipe, se
         loss = total / batch
         losses.append(loss.item())
         gradients = torch.autograd.grad(loss, list(w.values()))
-        rate = 0.01 if t < 1 and recipe == "paper" else 0.1
         with torch.no_grad():
             for (name, value), gradient in zip(w.items(), gradients, strict=True):
-                weight_of_layer = value.dim() > 1
-                if weight_of_layer or recipe != "paper":
+                if value.dim() > 1 or recipe != "paper":
                     gradient = gradient + 1e-4 * value
                 velocity[name] = 0.9 * velocity[name] + gradient
                 value -= rate * (velocity[name] if recipe == "paper" else gradient + 0.9 * velocity[name])
-    return losses
+    return losses, w
+
+
+def train_in_float64(args, net, images, labels, monkeypatch):
+    """cifar_train.train on a net in float64, as one process of however many. Returns its losses, result and state."""
+    step, losses = cifar_train.step, []
+
+    def recording_step(net, batches, shared, *more):
+        step(net, batches, shared, *more)
+        losses.append(shared[-2].item())
+
+    monkeypatch.setattr(cifar_train, "step", recording_step)
+    net.double().to(memory_format=torch.channels_last)
+    net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
+    sets = {"train": (images, labels), "test": (images, labels)}
+    run = types.SimpleNamespace(log=lambda rows: None, save=lambda state: None)
+    result = cifar_train.train(args, net, sets, None, run, checkpoint.Stop(), torch.device("cpu"))
+    return losses, result, net.state_dict()
 
 
 @pytest.mark.parametrize("recipe", cifar_train.RECIPES)
-def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one):
-    args = flags("--recipe", recipe, "--batch-size", "8", "--micro-batch", "4", "--seed", "3")
-    args.warmup = 1 if recipe == "paper" else 0  # the first of the three steps
-    images, labels = pictures(10)  # fewer than two batches: the second step crosses into the next epoch
+def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one, monkeypatch):
+    """Three losses, and on through the warm-up's end and both drops to the same weights."""
+    words = "--batch-size 8 --micro-batch 4 --seed 3 --iterations 10".split()
+    args = flags("--recipe", recipe, *words, *(["--warmup", 2] if recipe == "paper" else []))
+    rates = [0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001]  # drops at 1/2 and 3/4 of 10
+    if recipe != "paper":
+        rates = [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001, 0.001]  # at 0.4 and 0.605
+    images, labels = pictures(11)  # fewer than two batches: steps cross from epoch to epoch
     torch.manual_seed(0)
-    net = models.cifar_resnet(20, units.Basic).double().to(memory_format=torch.channels_last)
-    expected = naive_training(dict(net.named_parameters()), images, labels, 3, 8, 4, recipe, seed=3)
-    mean, std = data.normalisation(images, recipe)
-    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
-    shared, running = models.flatten(net)
-    optimizer = cifar_train.sgd(net, args)
-    scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+    net = models.cifar_resnet(20, units.Basic)
+    weights = {name: value.detach().double() for name, value in net.named_parameters()}
+    expected, naive = naive_training(weights, images, labels, rates, 8, 4, recipe, seed=3)
+    losses, result, state = train_in_float64(args, net, images, labels, monkeypatch)
     for iteration in range(3):
-        for group in optimizer.param_groups:
-            group["lr"].fill_(cifar_train.lr_at(iteration, args))
-        draws = data.batch_draws(3, iteration, 8, len(images), "cpu").chunk(2, dim=1)
-        batches = [(data.augment(crops, mean_crops, std, d).double(), labels[d[0]]) for d in draws]
-        loss, _ = cifar_train.step(net, batches, shared, running, optimizer, scaler, autocast)
-        assert abs(loss.item() - expected[iteration]) < 1e-9, iteration
+        assert abs(losses[iteration] - expected[iteration]) < 1e-9, iteration
+    assert np.allclose(losses, expected, rtol=0, atol=1e-9)
+    assert result["train_loss"] == round(losses[-1], 6)  # the last tenth
+    for name, value in naive.items():
+        torch.testing.assert_close(state[name], value.detach(), rtol=0, atol=1e-9)
 
 
 def test_learning_rate(flags):
@@ -320,6 +337,11 @@ def test_cifar100_reader(tmp_path, monkeypatch):
     assert torch.equal(test_images, torch.from_numpy(raw["test"]).view(3, 3, 32, 32))
     assert labels.tolist() == [90, 91, 92, 93, 94, 95, 96] and test_labels.tolist() == [90, 91, 92]
     assert [len(part) for part in data.load_cifar("cifar100", tmp_path, 2)] == [2, 2, 2, 2]
+    content = bytearray((folder / "train").read_bytes())
+    content[200] ^= 1  # within the pixels: it could still be read
+    (folder / "train").write_bytes(content)
+    with pytest.raises(ValueError, match="train is damaged"):
+        data.load_cifar("cifar100", tmp_path)
 
 
 def test_missing_data_without_a_network(start, monkeypatch):
@@ -356,34 +378,16 @@ def test_validation_split_is_the_last_training_images(flags):
 # One process and two
 
 
-def twenty_steps(path):
-    """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes, and evaluate."""
-    args = cifar_train.argparse.Namespace(lr=0.1, recipe="paper", warmup=2, iterations=20)
-    images, labels = pictures(51)  # an odd number: the processes evaluate 26 and 25
+def twenty_steps(path, monkeypatch):
+    """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes."""
+    images, labels = pictures(51)  # an odd number: two processes evaluate 26 and 25
+    monkeypatch.setattr(sys, "argv", "cifar_train.py --batch-size 16 --micro-batch 4 --iterations 20 --depth 8".split())
+    args = cifar_train.parse_flags()
+    args.warmup = 2
     torch.manual_seed(0)
-    net = models.cifar_resnet(8, units.BasicPreAct).double().to(memory_format=torch.channels_last)
-    shared, running = models.flatten(net)
-    optimizer = cifar_train.sgd(net, args)
-    scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
-    mean, std = data.normalisation(images, "paper")
-    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
-    each = 4 // dist.get_world_size()
-    sums = []
-    for t in range(20):
-        for group in optimizer.param_groups:
-            group["lr"].fill_(cifar_train.lr_at(t, args))
-        draws = data.batch_draws(1, t, 16, 51, "cpu").chunk(4, dim=1)[dist.get_rank() * each :][:each]
-        batches = [(data.augment(crops, mean_crops, std, d).double(), labels[d[0]]) for d in draws]
-        sums.append(cifar_train.step(net, batches, shared, running, optimizer, scaler, autocast).clone())
-    error = cifar_train.evaluate(net, images, labels, mean.double(), std, autocast, Never())
-    torch.save({"net": net.state_dict(), "sums": sums, "error": error}, path)
-
-
-class Never:
-    """Nobody asks this one to stop."""
-
-    def check(self, due=False):
-        return due
+    net = models.cifar_resnet(8, units.BasicPreAct)
+    losses, result, state = train_in_float64(args, net, images, labels, monkeypatch)
+    torch.save({"net": state, "losses": losses, "errors": [result["test_error"]]}, path)
 
 
 def start_workers(world, *words):
@@ -399,16 +403,16 @@ def start_workers(world, *words):
     return [worker.wait(timeout=120) for worker in workers]
 
 
-def test_one_process_and_two_agree(tmp_path, world_of_one):
-    twenty_steps(tmp_path / "one")
+def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
+    twenty_steps(tmp_path / "one", monkeypatch)
     assert start_workers(2, __file__, tmp_path) == [0, 0]
     one, first, second = (torch.load(tmp_path / name) for name in ("one", "two-0", "two-1"))
     assert any("running_var" in name for name in one["net"])
     for name, value in one["net"].items():
         torch.testing.assert_close(first["net"][name], value, rtol=0, atol=1e-9)
         assert torch.equal(first["net"][name], second["net"][name]), name  # every process holds the same state
-    torch.testing.assert_close(torch.stack(first["sums"]), torch.stack(one["sums"]), rtol=0, atol=1e-9)
-    assert one["error"] == first["error"] == second["error"]
+    assert len(one["losses"]) == 20 and np.allclose(first["losses"], one["losses"], rtol=0, atol=1e-9)
+    assert one["errors"] == first["errors"] == second["errors"]
 
 
 # The command line and the run folder
@@ -514,6 +518,26 @@ def test_graphed_steps_equal_plain_ones(start, monkeypatch, precision):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_run_on_a_gpu_continues_to_the_same_bits(start, monkeypatch):
+    """Through a drop of the learning rate after the interruption: the captured step still sees it."""
+    words = [*TINY, "--device", "cuda", "--iterations", 40, "--checkpoint-seconds", 0]
+    assert start(*words, "--out", "whole")[0] == 0
+    check, calls = checkpoint.Stop.check, []
+
+    def stop_after_15(self, due=False):
+        calls.append(due)
+        if len(calls) == 15:
+            raise checkpoint.Stopped(signal.SIGTERM)
+        return check(self, due)
+
+    monkeypatch.setattr(checkpoint.Stop, "check", stop_after_15)
+    assert start(*words, "--out", "parts")[0] == 143
+    assert start(*words, "--out", "parts")[0] == 0
+    whole, parts = (checkpoint.load(out)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 def test_a_step_that_cannot_be_a_graph_says_so(start):
     status, printed = start(*TINY, "--device", "cuda", "--unit", "basic-dropout-shortcut", "--out", "run")
     assert status == 0 and "without a CUDA graph: dropout" in printed
@@ -551,6 +575,8 @@ BAD = [
     ("--lr -1", "--lr", ""),
     ("--seed -1", "--seed must be at least 0", ""),
     ("--checkpoint-seconds -1", "--checkpoint-seconds must be at least 0", ""),
+    ("--checkpoint-seconds nan", "--checkpoint-seconds must be at least 0", ""),
+    ("--unit basic-exclusive-gating --unit-arg gate_bias=nan", "gate_bias is a number", ""),
     ("--recipe mine", "--recipe", "resnet-1k-layers"),
     ("--dataset mnist", "--dataset", "cifar100"),
     ("--dept 20", "--dept", ""),
@@ -591,6 +617,47 @@ def test_a_folder_that_another_program_writes(start, tmp_path):
         status, printed = start(*TINY, "--out", "run")
     assert status == 2 and "another program is writing run" in printed
     assert os.listdir("run") == [".lock"]
+
+
+def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
+    """Damaged checkpoints, or a checkpoint without its flags: named, status 2, and nothing is trained or lost."""
+    words = [*TINY, "--out", "run"]
+    assert start(*words)[0] == 0
+    run = tmp_path / "run"
+    result, config = (run / "result.json").read_text(), (run / "config.json").read_text()
+    (run / "config.json").unlink()
+    status, printed = start(*words, "--seed", 9)
+    assert status == 2 and "holds result.json but no config.json" in printed
+    for content in ("[]", "{", '{"depth": 20}'):
+        (run / "config.json").write_text(content)
+        for again in (words, ["--evaluate", "run"]):
+            status, printed = start(*again)
+            assert status == 2 and "Traceback" not in printed, content
+    (run / "config.json").write_text(config.replace('"depth": 8', '"depth": 14'))
+    status, printed = start("--evaluate", "run")
+    assert status == 2 and "does not describe its checkpoint's net" in printed
+    (run / "config.json").write_text(config)
+    (run / "result.json").unlink()
+    (run / "checkpoint.pt").write_bytes(b"x")
+    status, printed = start(*words)
+    assert status == 2 and "no checkpoint can be read" in printed and not (run / "result.json").exists()
+    for path in run.glob("checkpoint*"):
+        path.unlink()
+    assert start(*words)[0] == 0  # with no checkpoint at all it begins anew, to the same end
+    ours, theirs = (json.loads(text) for text in (result, (run / "result.json").read_text()))
+    assert ours["test_error"] == theirs["test_error"] and ours["train_loss"] == theirs["train_loss"]
+
+
+def test_evaluating_an_unnamed_run_is_not_training(start):
+    status, printed = start("--evaluate", "")
+    assert status == 2 and "config.json" in printed and not os.path.exists("runs")
+
+
+def test_without_git(start, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert start(*TINY, "--out", "run")[0] == 0
+    environment = json.loads(pathlib.Path("run/config.json").read_text())["environment"]
+    assert environment["commit"] is None and environment["modified"] is None
 
 
 def test_a_problem_of_one_process_ends_both(tmp_path):
@@ -644,7 +711,21 @@ def test_every_row_is_a_command_that_parses(flags):
         assert re.fullmatch(r"fail|-|[\d.]+(,[\d.]+)?", paper)
         assert ("plain" in args.unit) == ("plain" in name) and ("cifar100" == args.dataset) == ("cifar100" in name)
         assert str(args.depth) == re.search(r"/(\d+)", name)[1]
-        assert args.warmup == 0 or "1-table6" not in name
+        assert args.recipe == ("resnet-1k-layers" if "batch64" in name else "paper")
+        depths = ("cifar10/20", "cifar10/32", "cifar10/44", "cifar10/56")  # [1]'s alone, without warm-up
+        warmup = 0 if name.startswith(depths) or "batch64" in name else 100 if name.startswith("short") else 400
+        assert args.warmup == warmup
+        scales = re.search(r"scaling-([\d.]+)-([\d.]+)/", name)
+        if scales:
+            assert [args.unit_args["shortcut_scale"], args.unit_args["residual_scale"]] == [
+                *map(float, scales.groups())
+            ]
+        bias = re.search(r"gating-(\d+)/", name)
+        if bias:
+            assert args.unit_args["gate_bias"] == -int(bias[1])
+        body = "single" if "single" in name else "bottleneck" if args.depth in (164, 1001) else "basic"
+        panel = re.sub(r"^.*?/\d+|-batch64|(-[\d.]+)+$", "", name.rpartition("/")[0])
+        assert args.unit == body + panel.replace("-single", "")
 
 
 def test_rows_of_the_tables():
@@ -660,7 +741,8 @@ def test_rows_of_the_tables():
     assert {int(re.search(r"gate_bias=(-?\d+)", line)[1]) for line in biases} == set(range(-10, 1))
     assert len(listed("cifar10/164-preact", SEEDS="1")) == 1 and len(listed("cifar10/164-preact")) == 5
     assert len(listed("cifar10/56")) == 2  # ResNet-56 and plain-56, one run each as in [1]
-    assert run_all("no-such-row", LIST="1")[0] == 2 and run_all(SHARD="3/2", LIST="1")[0] == 2
+    assert run_all("no-such-row", LIST="1")[0] == 2 and run_all("164", "typo", LIST="1")[0] == 2
+    assert run_all(SHARD="3/2", LIST="1")[0] == 2 and run_all(SEEDS="one", LIST="1")[0] == 2
 
 
 def test_shards_are_a_partition():
@@ -742,7 +824,7 @@ def test_readme_prints_the_step_verbatim():
     node = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "step")
     step = ast.get_source_segment(source, node)
     assert f"```python\n{step}\n```" in (HERE / "README.md").read_text()
-    assert len(step.splitlines()) - 2 <= 15 + 1  # the signature and the docstring not counted
+    assert len(step.splitlines()) - 2 <= 15  # the signature and the docstring not counted
 
 
 def test_imports_do_nothing():
@@ -771,5 +853,5 @@ def test_units_and_models_import_torch_alone():
 
 if __name__ == "__main__":
     checkpoint.start_processes("cpu")
-    twenty_steps(pathlib.Path(sys.argv[1], f"two-{dist.get_rank()}"))
+    twenty_steps(pathlib.Path(sys.argv[1], f"two-{dist.get_rank()}"), pytest.MonkeyPatch())
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
     python cifar_train.py --depth 110 --preact                              # ResNet-110, full pre-activation, CIFAR-10
     torchrun --nproc_per_node=2 cifar_train.py --depth 110 --preact         # the same net from two processes
     python cifar_train.py --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
-    python cifar_train.py --dataset synthetic --depth 20 --preact --iterations 250
+    python cifar_train.py --dataset synthetic --depth 20 --preact --iterations 300
     python cifar_train.py --evaluate runs/cifar10-110-basic-preact-seed1
 
 The same command again continues a run that was stopped.
@@ -146,7 +146,7 @@ def train(args, net, sets, state, run, stop, device):
         sums[:2] = 0
         if rank == 0:
             run.log(rows)
-            bar.write(
+            say(
                 f"iteration {iteration:,} of {args.iterations:,}  lr {row['lr']:g}  training loss {loss:.4f}  "
                 f"{watched} error {row[watched + '_error']:.2f} %  {rows[-1]['seconds']:,.0f} s"
             )
@@ -230,8 +230,17 @@ def graphed(iterate, draws, state, args):
         graph.replay()
 
     if reason and dist.get_rank() == 0:
-        print(f"each kernel is launched by itself, without a CUDA graph: {reason}")
+        say(f"each kernel is launched by itself, without a CUDA graph: {reason}")
     return iterate if reason else replay
+
+
+def say(line):
+    """Print a line above the progress bar, at once. That nobody reads it (| head, a closed terminal) ends no run."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        sys.stdout = open(os.devnull, "w")
 
 
 def sgd(net, args):
@@ -286,14 +295,12 @@ def parse_flags():
     add("--val-split", type=int, default=0, metavar="N", help="hold out the last N images; 5000 in [1] (default 0)")
     add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
     add = parser.add_argument_group("the recipe").add_argument
-    add("--recipe", choices=RECIPES, default="paper", help="see RECIPES in this file (default paper)")
+    add("--recipe", choices=RECIPES, default="paper", help="[1]'s, or that of the released Torch code (default paper)")
     add("--iterations", type=int, metavar="N", help="the drops scale along (default 64000; resnet-1k-layers 156250)")
     add("--batch-size", type=int, metavar="N", help="images a step (default 128; resnet-1k-layers 64)")
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default half the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
-    add(
-        "--warmup", type=int, metavar="N", help="iterations at lr/10 (default 400 or iterations/16; resnet-1k-layers 0)"
-    )
+    add("--warmup", type=int, metavar="N", help="iterations at lr/10 (default 400, at most a 16th; resnet-1k-layers 0)")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
     add = parser.add_argument_group("the machine and the run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
@@ -375,7 +382,7 @@ def evaluate_run(flags, device, stop):
     net.to(device, memory_format=torch.channels_last)
     error = evaluate(net, images, labels, mean, std, reduced(args.precision, device), stop)
     if dist.get_rank() == 0:
-        print(f"{folder}: test error {error:.2f} % after {state['iteration']:,} of {args.iterations:,} iterations")
+        say(f"{folder}: test error {error:.2f} % after {state['iteration']:,} of {args.iterations:,} iterations")
     return 0
 
 
@@ -397,14 +404,13 @@ def train_run(args, device, stop):
             run.finish(result)
         result = checkpoint.read_json(run.folder / "result.json")
         error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
-        print(f"{'already finished' if done else 'finished'}: {error}; its files are in {args.out} ", end="")
-        print(f"(its curve: python report.py {args.out})")
+        files = f"its files are in {args.out} (its curve: python report.py {args.out})"
+        say(f"{'already finished' if done else 'finished'}: {error}; {files}")
     return 0
 
 
 def main():
     args = parse_flags()
-    sys.stdout.reconfigure(line_buffering=True)  # a line an evaluation at once, also into a file
     try:
         device = checkpoint.start_processes(args.device)
     except ValueError as error:

@@ -72,7 +72,6 @@ def start(monkeypatch, capsys, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
-        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
         try:
             status = cifar_train.main()
         except SystemExit as error:
@@ -663,6 +662,13 @@ def test_without_git(start, monkeypatch):
 def test_a_problem_of_one_process_ends_both(tmp_path):
     (tmp_path / "file").write_text("")
     assert start_workers(2, "cifar_train.py", *TINY, "--out", tmp_path / "file" / "run") == [2, 2]
+
+
+def test_nobody_reads_the_output(tmp_path):
+    command = [sys.executable, "cifar_train.py", *TINY, "--iterations", "260", "--out", tmp_path / "run"]
+    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0 and (tmp_path / "run" / "result.json").exists()
 
 
 def test_help_is_grouped_and_shows_defaults(start):

@@ -220,7 +220,7 @@ def graphed(iterate, draws, state, args):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
                 iterate(static)
     except RuntimeError as error:
-        reason = str(error)
+        reason = str(error.__context__ or error)  # what broke the capture, rather than that it broke
     torch.cuda.synchronize()
     with torch.no_grad():
         torch._foreach_copy_(state, before)

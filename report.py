@@ -67,25 +67,40 @@ RESPONSES |= {f"ResNet-{depth}": f"cifar10/{depth}" for depth in (20, 56, 110)}
 # Reading
 
 
+PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # of several in one row, the first fills the table
+
+
 def read_run(folder):
     """A run's result with its log under "log". Raises ValueError saying what is wrong with the folder."""
     try:
         run = json.loads((folder / "result.json").read_text())
-        with open(folder / "log.csv", newline="") as file:
-            run |= {"log": read_log(file), "folder": folder}
         run["error"] = math.inf if run["diverged"] else float(run["test_error"])
-        missing = {"precision", "seconds", "peak_memory", "iterations", "train_loss"} - run.keys()
-        if missing:
-            raise ValueError(f"result.json lacks {', '.join(sorted(missing))}")
+        for name in (
+            "seconds",
+            "peak_memory",
+            "iterations",
+            *(() if run["diverged"] else ("test_error", "train_loss")),
+        ):
+            if not math.isfinite(run[name]):
+                raise ValueError(f"{name} is {run[name]}")
+        PRECISIONS.index(run["precision"])
+        return run | {"log": read_log(folder), "folder": folder}
     except FileNotFoundError as error:
         raise ValueError(f"not finished: there is no {pathlib.Path(error.filename).name}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a broken file may raise anything; it must not cost the page
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
-    return run
 
 
-def read_log(file):
-    return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+def read_log(folder):
+    """The rows of a run's log.csv. Raises ValueError or csv.Error when it is not one."""
+    with open(folder / "log.csv", newline="") as file:
+        log = [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+    for row in log:
+        if not math.isfinite(row["iteration"]) or not math.isfinite(row["train_loss"]):
+            raise ValueError("log.csv has a row without iteration or training loss")
+        if not all(value is None or math.isfinite(value) for value in (row["test_error"], *row.values())):
+            raise ValueError("log.csv has a number that is not finite")
+    return log
 
 
 def read_runs(root):
@@ -99,10 +114,10 @@ def read_runs(root):
             problems.append(f"{folder.relative_to(root)}: {error}")
             continue
         name, _, seed = folder.relative_to(root).as_posix().rpartition("/")
-        known = re.fullmatch(r"seed\d+", seed) and name in {cell["run"] for cell in cells()}
+        known = name and re.fullmatch(r"seed\d+", seed) and name in {cell["run"] for cell in cells()}
         rows.setdefault(name, []).append(run) if known else others.append(run)
     for name, runs in rows.items():
-        precision = min((run["precision"] for run in runs), key=["float32", "tf32", "bf16", "fp16"].index)
+        precision = min((run["precision"] for run in runs), key=PRECISIONS.index)
         others += [run for run in runs if run["precision"] != precision]
         rows[name] = [run for run in runs if run["precision"] == precision]
     return rows, others, problems
@@ -158,7 +173,7 @@ def table(tag, rows):
         for column in columns:
             cell = next((cell for cell in mine if (cell["row"], cell["column"]) == (label, column)), None)
             found = rows.get(cell["run"], []) if cell else []
-            line += f" {cell['paper'] if cell else ''} | {ours(found, cell and tag in ('2-table1', '1-fig6'))} |"
+            line += f" {cell['paper'] if cell else ''} | {ours(found, cell and cell['paper'] in ('fail', '-'))} |"
         lines.append(line)
     return lines
 
@@ -181,41 +196,27 @@ def short_rows(rows):
 
 
 def orderings(rows):
-    """What the short runs say of the papers' order: one line a claim, and how many pairs agree."""
-    found = {}
+    """What the short runs say of the papers' order: training loss, each unit against the original, and every pair."""
+    found, loss = {}, {}
     for label, paper, runs in short_rows(rows):
         if runs:
             figure = math.inf if paper == "fail" else float(paper)
-            found[label] = figure, statistics.median(run["error"] for run in runs), len(runs)
-    claims = [
-        ("full pre-activation", "original"),
-        ("original", "ReLU before addition"),
-        ("original", "BN after addition"),
-        ("original", "1x1 conv shortcut"),
-        ("original", "constant scaling 0.5, 0.5"),
-        ("original", "exclusive gating, b_g = -6"),
-        ("original", "shortcut-only gating, b_g = 0"),
-        ("original", "dropout shortcut"),
-        ("original", "plain"),
-        ("shortcut-only gating, b_g = -6", "shortcut-only gating, b_g = 0"),
-        ("exclusive gating, b_g = -6", "exclusive gating, b_g = 0"),
-        ("constant scaling 0.5, 0.5", "constant scaling 0.5, 1"),
-        ("original", "original, 1-layer skip"),
-        ("pre-activation, 1-layer skip", "original, 1-layer skip"),
-    ]
-    lines = ["| the papers: lower | than | ours | n | shows |", "|---|---|---|---|---|"]
-    for low, high in claims:
-        if low in found and high in found:
-            (_, a, n), (_, b, m) = found[low], found[high]
-            lines.append(f"| {low} | {high} | {a:.2f} and {b:.2f} | {n} and {m} | {'yes' if a < b else '**no**'} |")
-        else:
-            lines.append(f"| {low} | {high} | | | not run |")
-    pairs = [(a, b) for a in found.values() for b in found.values() if a[0] + 0.5 < b[0]]
-    agree = sum(a[1] < b[1] for a, b in pairs)
-    lines += [
-        "",
-        f"Of {len(pairs)} pairs that differ by more than 0.5 % in the papers, {agree} have the same order here.",
-    ]
+            found[label] = figure, statistics.median(run["error"] for run in runs)
+            loss[label] = statistics.median(math.inf if run["diverged"] else run["train_loss"] for run in runs)
+    lines = []
+    three = [label for label in ("full pre-activation", "original", "plain") if label in loss]
+    if len(three) == 3:
+        values = [loss[label] for label in three]
+        shown = ", ".join(f"{label} {value:.2f}" for label, value in zip(three, values, strict=True))
+        lines += [
+            f"Median training loss: {shown}: {'the' if values == sorted(values) else '**not** the'} papers' order."
+        ]
+    pairs = [(a, b) for a in found for b in found if found[a][0] < found[b][0]]
+    against = [(a, b) for a, b in pairs if found[a][1] >= found[b][1]]
+    if pairs:
+        text = f"Of {len(pairs)} pairs of units that the papers order by test error, {len(pairs) - len(against)} are in"
+        lines += ["", f"{text} the same order here. The others, lower in the papers first:"]
+        lines += ["", *(f"- {a} ({found[a][1]:.2f}) and {b} ({found[b][1]:.2f})" for a, b in against)]
     return lines
 
 
@@ -233,9 +234,12 @@ def runs_of(tag, rows):
         lines.append(
             f"| [{cell['run']}]({cell['run']}) | {len(runs)} | {runs[0]['precision']} | {hours:.2f} | {memory:.2f} |"
         )
-        median, figure = statistics.median(run["error"] for run in runs), re.match(r"[\d.]+", cell["paper"])
-        if figure and abs(median - float(figure[0])) > 0.5:
-            away.append(f"{cell['row']} ({median - float(figure[0]):+.2f})")
+        figures = re.findall(r"[\d.]+", cell["paper"])  # "6.43 (6.61±0.16)": of the lowest of 5 runs take the mean
+        median, lowest = statistics.median(run["error"] for run in runs), "lowest" in cell["row"]
+        if figures and median == math.inf:
+            away.append(f"{cell['row']} (diverged)")
+        elif figures and abs(median - float(figures[lowest])) > 0.5:
+            away.append(f"{cell['row']} ({median - float(figures[lowest]):+.2f})")
         elif cell["paper"] == "fail" and median <= 20:
             away.append(f"{cell['row']} ({median:.2f} instead of a failure)")
         for run in runs:
@@ -280,14 +284,14 @@ def checkpoints(panels, curves, rows):
         lines.append(f"| {network}, paper | " + " | ".join(values) + " |")
         full = [run for run in rows.get(name, []) if run["iterations"] == 64_000]
         if full:
-            log = {row["iteration"]: row for row in full[0]["log"] if row["test_error"] is not None}
-            values = [f"{log[t]['test_error']:.2f}" if t in log else "" for t in ITERATIONS]
-            for (
-                a,
-                b,
-            ) in WINDOWS:  # a row's loss is the mean since the row before: those that end in or next to the window
-                losses = [row["train_loss"] for t, row in log.items() if a <= t <= b + 1_000]
-                values.append(f"{statistics.mean(losses):.4f}" if losses else "")
+            log = {row["iteration"]: row for row in full[0]["log"]}
+            errors = dict(our_points(full[0], "test_error"))
+            values = [f"{errors[t]:.2f}" if t in errors else "" for t in ITERATIONS]
+            for a, b in WINDOWS:  # a row's loss is the mean over the 2,000 iterations up to it
+                ends = [t for t in log if a <= t <= b + 1_000]
+                mean = statistics.mean(log[t]["train_loss"] for t in ends) if ends else math.nan
+                same = paper_loss_in(loss, (min(ends) - 2_000, max(ends))) if ends else ""
+                values.append(f"{mean:.4f} ({same})" if ends else "")
             lines.append(f"| ours ({full[0]['folder'].name}) | " + " | ".join(values) + " |")
     return lines
 
@@ -403,8 +407,7 @@ def draw_short(rows):
 
 def draw_run(folder):
     """curve.png into a run's folder, finished or not: training loss dashed at the left, errors solid at the right."""
-    with open(folder / "log.csv", newline="") as file:
-        run = {"log": read_log(file)}
+    run = {"log": read_log(folder)}
     figure, axes = plt.subplots(figsize=(6, 4))
     right = axes.twinx()
     plot(axes, our_points(run, "train_loss"), color="C0", linestyle="--", marker=".")
@@ -423,12 +426,14 @@ def measure_responses(folder):
     in evaluation mode (the paper does not say which images or mode). Writes responses.csv: layer, std."""
     import torch
 
+    import checkpoint
     import data
     import models
     import units
 
-    config = json.loads((folder / "config.json").read_text())
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    config, state = checkpoint.read_json(folder / "config.json"), checkpoint.load(folder)
+    if state is None:
+        raise ValueError("holds no checkpoint")
     net = models.cifar_resnet(
         config["depth"], units.UNITS[config["unit"]], data.CLASSES[config["dataset"]], **config["unit_args"]
     )
@@ -448,6 +453,11 @@ def measure_responses(folder):
     images = data.load_cifar(config["dataset"], config["data"], 1_000)[2]
     with torch.inference_mode():
         net.eval()((images - state["mean"]) / state["std"])
+    layers = sum(isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) for layer in net.modules())
+    if len(responses) != layers:
+        raise ValueError(
+            f"[1] Fig. 7 is of nets with BN right after each 3x3 layer, and {config['unit']} has it elsewhere"
+        )
     with open(folder / "responses.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("layer", "std"), *((i, round(std, 4)) for i, std in enumerate(responses, 1))])
@@ -462,7 +472,7 @@ def headline(rows):
     papers = [cell for cell in cells() if cell["run"] in rows and cell["table"] != "short"]
     if papers:
         lines += ["| the papers' nets, full schedule | paper | ours |", "|---|---|---|"]
-        for cell in {cell["run"]: cell for cell in papers}.values():
+        for cell in {cell["run"]: cell for cell in reversed(papers)}.values():
             lines.append(f"| {cell['run']} | {cell['paper']} | {ours(rows[cell['run']], cell['paper'] == 'fail')} |")
     else:
         lines.append("None of the papers' nets has been run on its full schedule of 64,000 iterations yet.")
@@ -509,7 +519,8 @@ def page(rows, others, problems):
     for name, (kind, title, panels) in FIGURES.items():
         lines += ["", f"### {title}", "", f"![{title}]({name}.svg)"]
         if kind == LOSS:
-            lines += ["", "Test error at the iteration, then mean training loss in the window:", ""]
+            lines += ["", "Test error at the iteration, then mean training loss in the window (ours: of the log's rows"]
+            lines += ["around it; in brackets the paper's over the same iterations):", ""]
             lines += checkpoints(panels, curves, rows)
     lines += ["", "### [1] Fig. 7: layer responses", "", "![layer responses](1-fig7.svg)"]
     if others:
@@ -534,8 +545,8 @@ def main():
     for folder in args.runs:
         try:
             measure_responses(folder) if args.responses else draw_run(folder)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"report.py: {folder}: {error or type(error).__name__}", file=sys.stderr)
+        except Exception as error:  # a folder may hold anything
+            print(f"report.py: {folder}: {type(error).__name__}: {error}", file=sys.stderr)
             return 2
         print(folder / ("responses.csv" if args.responses else "curve.png"))
     if not args.runs:
@@ -547,7 +558,8 @@ def main():
             draw_figure(name, curves, rows)
         draw_responses(curves, rows)
         draw_short(rows)
-        (RESULTS / "README.md").write_text(page(rows, others, problems))
+        damaged = [problem for problem in problems if "not finished" not in problem]  # the others may be under way
+        (RESULTS / "README.md").write_text(page(rows, others, damaged))
         readme = HERE / "README.md"
         readme.write_text(with_headline(readme.read_text(), rows))
         print(*problems, f"wrote {RESULTS / 'README.md'}", sep="\n")

@@ -93,9 +93,8 @@ class Stop:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        again = (
-            self.asked and time.monotonic() - self.when > 1
-        )  # torchrun passes on the Ctrl-C that we have had already
+        # Within a second it is the same Ctrl-C, which torchrun and run_all.sh pass on to processes that have had it.
+        again = self.asked and time.monotonic() - self.when > 1
         if again or not self.training:
             os._exit(128 + number)
         self.asked, self.when = number, time.monotonic()

@@ -127,7 +127,7 @@ shard=${SHARD:-1/1}
 [[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$JOBS', but should be a whole number"
 [[ ${SEEDS:-1} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
 
-results=results
+results=results smoke=
 if [ -n "${SMOKE:-}" ]; then
     results=$(mktemp -d)
     trap 'rm -rf "$results"' EXIT

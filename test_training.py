@@ -833,6 +833,20 @@ def test_readme_prints_the_step_verbatim():
     assert len(step.splitlines()) - 2 <= 15  # the signature and the docstring not counted
 
 
+def test_readme_snippets_run(start, capsys):
+    """The unit's, and the one that rebuilds a net, on a tiny run in the folder that it names."""
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
+    snippets = [snippet for snippet in snippets if not snippet.startswith("def step")]
+    assert len(snippets) == 2
+    words = "--dataset synthetic --images 8 --batch-size 4 --iterations 1 --preact --device cpu".split()
+    assert start(*words)[0] == 0
+    for snippet in snippets:
+        exec(snippet, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == re.search(r"# (torch\.Size.*)", snippets[0])[1]
+    assert re.fullmatch(r"tensor\(\[\d(, \d){7}\]\)", printed[1])
+
+
 def test_imports_do_nothing():
     """No output, no file, no process group, no run: everything is behind main()."""
     names = [path.stem for path in HERE.glob("*.py") if not path.stem.startswith("test_")]

@@ -25,6 +25,8 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 # Flags that may change between the sittings of one run; every other one is part of what the run is.
 FREE = {"data", "out", "workers", "device", "compile", "checkpoint_seconds"}
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 def start_processes(device):
     """Join the processes that torchrun started, or be a world of one. Returns this process's torch.device.
@@ -89,7 +91,7 @@ class Stop:
 
     def __init__(self):
         self.asked, self.when, self.training = 0, 0.0, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
@@ -111,6 +113,12 @@ class Stop:
         return bool(due)
 
 
+def ignore_signals(worker):
+    """For loader workers: a Ctrl-C reaches them too, but it is for the trainer to say when they end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Run:
     """The folder of a run: config.json, log.csv, checkpoint.pt, checkpoint.previous.pt and, once it has finished,
     result.json.
@@ -123,6 +131,7 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # held as long as this object lives
+        os.register_at_fork(after_in_child=self.lock.close)  # and not by loader workers that outlive it
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

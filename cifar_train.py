@@ -100,18 +100,14 @@ def train(args, net, sets, state, run, stop, device):
     every, tail = max(250, args.iterations // 32), math.ceil(args.iterations / 10)
 
     shared, running = flatten(net)
-    optimizer = sgd(net, args)
+    recipe = RECIPES[args.recipe]
+    optimizer = sgd(net, args.lr, recipe["nesterov"], recipe["decay_all"])
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = reduced(args.precision, device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
     iteration, seconds, rows = 0, 0.0, []
     if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"].to(device)  # load_state_dict leaves it where it was read
-        scaler.load_state_dict(state["scaler"])
-        sums.copy_(state["sums"])
+        restore(state, net, optimizer, scaler, sums)
         iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
     began = time.monotonic() - seconds  # so that the clock counts all sittings
     saved = time.monotonic()
@@ -188,18 +184,32 @@ def train(args, net, sets, state, run, stop, device):
     if not diverged:
         save()
     names = "dataset depth unit unit_args recipe seed iterations batch_size micro_batch precision"
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
     return {
         **{name: getattr(args, name) for name in names.split()},
         "parameters": sum(p.numel() for p in net.parameters()),
         **{f"{name}_error": None if diverged else rows[-1][f"{name}_error"] for name in sets},
         "train_loss": None if diverged else round(sums[2].item() / tail, 6),
         "seconds": round(time.monotonic() - began, 1),
-        "peak_memory": memory,
+        "peak_memory": peak_memory(device),
         "diverged": diverged,
     }
+
+
+def restore(state, net, optimizer, scaler, sums):
+    """Put back what a checkpoint holds."""
+    net.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].to(sums.device)  # load_state_dict leaves it where it was read
+    scaler.load_state_dict(state["scaler"])
+    sums.copy_(state["sums"])
+
+
+def peak_memory(device):
+    """Bytes: of the GPU that were in use at once, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def graphed(iterate, draws, state, args):
@@ -243,14 +253,13 @@ def say(line):
         sys.stdout = open(os.devnull, "w")
 
 
-def sgd(net, args):
-    """The recipe's SGD; with recipe "paper" only the weights of convolutions and fc decay, not BN and biases."""
+def sgd(net, lr, nesterov=False, decay_all=False):
+    """The papers' SGD, in which only the weights of convolutions and fc decay; with decay_all BN and biases too."""
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
-    recipe = RECIPES[args.recipe]
-    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if recipe["decay_all"] else 0}]
-    lr = torch.tensor(args.lr, dtype=weights[0].dtype, device=weights[0].device)
-    sgd = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=recipe["nesterov"], fused=True)
+    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if decay_all else 0}]
+    lr = torch.tensor(lr, dtype=weights[0].dtype, device=weights[0].device)
+    sgd = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=nesterov, fused=True)
     for p in net.parameters():
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # as after no step; a CUDA graph needs it from the start
     return sgd
@@ -319,10 +328,11 @@ def parse_flags():
     return args
 
 
-def resolve(args):
-    """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
+def resolve_unit(args, bottlenecks, **defaults):
+    """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
+    Raises ValueError on a contradiction."""
     if args.unit is None:
-        args.unit = ("bottleneck" if args.depth in (164, 1001) else "basic") + ("-preact" if args.preact else "")
+        args.unit = ("bottleneck" if args.depth in bottlenecks else "basic") + ("-preact" if args.preact else "")
     if args.unit not in UNITS:
         raise ValueError(f"there is no --unit {args.unit}: choose from {', '.join(UNITS)}")
     preact = UNITS[args.unit].preact == "bn-relu"
@@ -330,6 +340,7 @@ def resolve(args):
         raise ValueError(f"--preact contradicts --unit {args.unit}, which is not a full pre-activation unit")
     args.preact = preact
     args.unit_args = arguments(UNITS[args.unit])
+    args.unit_args |= {name: value for name, value in defaults.items() if name in args.unit_args}
     for word in args.unit_arg:
         name, _, value = word.partition("=")
         if name not in args.unit_args:
@@ -342,17 +353,12 @@ def resolve(args):
         if not finite:
             raise ValueError(f"--unit-arg {word}: {name} is a number")
     del args.unit_arg
-    with torch.device("meta"):  # raises ValueError for an impossible depth or option
-        cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
 
-    recipe = RECIPES[args.recipe]
-    args.iterations = recipe["iterations"] if args.iterations is None else args.iterations
-    args.batch_size = recipe["batch_size"] if args.batch_size is None else args.batch_size
-    args.micro_batch = max(args.batch_size // 2, 1) if args.micro_batch is None else args.micro_batch
-    args.warmup = min(recipe["warmup"], args.iterations // 16) if args.warmup is None else args.warmup
-    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    minima = dict(iterations=1, batch_size=1, micro_batch=1, warmup=0, seed=0, val_split=0, images=0)
-    for name, least in (minima | dict(checkpoint_seconds=0)).items():
+
+def check_numbers(args, **minima):
+    """Raises ValueError when a flag is below its minimum or the batches cannot be divided as they are said to be."""
+    minima |= dict(batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
+    for name, least in minima.items():
         if not getattr(args, name) >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
@@ -362,6 +368,21 @@ def resolve(args):
     count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE", 1))
     if world < 1 or count % world:
         raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
+
+
+def resolve(args):
+    """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
+    resolve_unit(args, bottlenecks=(164, 1001))
+    with torch.device("meta"):  # raises ValueError for an impossible depth or option
+        cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
+
+    recipe = RECIPES[args.recipe]
+    args.iterations = recipe["iterations"] if args.iterations is None else args.iterations
+    args.batch_size = recipe["batch_size"] if args.batch_size is None else args.batch_size
+    args.micro_batch = max(args.batch_size // 2, 1) if args.micro_batch is None else args.micro_batch
+    args.warmup = min(recipe["warmup"], args.iterations // 16) if args.warmup is None else args.warmup
+    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
+    check_numbers(args, iterations=1, warmup=0, val_split=0, images=0)
 
 
 def evaluate_run(flags, device, stop):

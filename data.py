@@ -1,12 +1,19 @@
-"""CIFAR in memory: read, normalised, and augmented by one gather a batch."""
+"""CIFAR in memory, augmented by one gather a batch; ImageNet from folders, augmented by workers; the papers' test
+views; a synthetic stand-in for either."""
 
 import fcntl
 import functools
+import math
+import os
 import pathlib
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
+from PIL import Image
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import DataLoader
+
+# CIFAR
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "synthetic": 10}
 
@@ -121,6 +128,288 @@ def batch_draws(seed, iteration, batch_size, n, device):
         parts.append(epoch_draws(seed, epoch, n, device)[:, start : start + last - first])
         first += parts[-1].shape[1]
     return torch.cat(parts, dim=1)
+
+
+# ImageNet
+
+# Of RGB in 0 ... 1, fb.resnet.torch's: mean and standard deviation of each channel, principal components of the colours
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def load_imagenet(dataset, root, limit=0):
+    """The training and the validation images, opened by index.
+
+    dataset: "imagenet", in root/train/<class>/ and root/val/<class>/, or "synthetic", which needs nothing: `limit`
+    images of 10 classes, and a fifth as many for validation. Raises ValueError when the folders are not such.
+    """
+    if dataset == "synthetic":
+        return SyntheticImages(limit, 0), SyntheticImages(math.ceil(limit / 5), limit)
+    train, val = (ImageFiles(pathlib.Path(root, part)) for part in ("train", "val"))
+    differ = sorted({*train.classes} ^ {*val.classes})
+    if differ:
+        only = "train" if differ[0] in train.classes else "val"
+        raise ValueError(f"{root}: train and val differ in {len(differ)} classes: {differ[0]} is in {only} alone")
+    return train, val
+
+
+class ImageFiles:
+    """The images of a folder of class folders. Raises ValueError when it is none."""
+
+    def __init__(self, folder):
+        from torchvision.datasets import ImageFolder
+
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no folder {folder}: ImageNet is expected as train/<class>/*.JPEG and val/<class>/*.JPEG in "
+                f"{folder.parent}. Say with --data where it lies; --dataset synthetic needs none"
+            )
+        try:
+            found = ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error} A folder without images has to go; how val's images are sorted into the folders of their "
+                "classes: README.md, ImageNet"
+            ) from None
+        self.classes, self.labels = found.classes, np.array(found.targets)
+        # one array: of a million names in a list every worker would end up with a copy
+        self.names = np.array([os.fsencode(name) for name, _ in found.samples])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return os.fsdecode(self.names[index])
+
+    def open(self, index):
+        return Image.open(self.name(index))
+
+
+class SyntheticImages:
+    """A learnable stand-in for n of ImageNet's images, the same at every call: each class is a smooth pattern of
+    colours, seen through another smooth pattern of the image's own."""
+
+    classes = [f"class{c}" for c in range(10)]
+
+    def __init__(self, n, first):
+        self.first, self.labels = first, np.arange(n) % 10
+        self.patterns = np.random.default_rng(2016).normal(0, 36, (10, 6, 8, 3))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"synthetic image {index}"
+
+    def open(self, index):
+        own = np.random.default_rng((2016, self.first + index)).normal(128, 36, (6, 8, 3))
+        pattern = (self.patterns[self.labels[index]] + own).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(pattern).resize((256, 192))
+
+
+def decode(image, ratio):
+    """The pixels of an opened image, uint8 (H, W, 3); where they will be scaled down `ratio` times, a JPEG's at
+    1/2, 1/4 or 1/8 of its size if that is enough, which is cheaper."""
+    from torchvision.io import ImageReadMode, decode_image, read_file
+
+    size = image.size
+    if ratio >= 2:
+        image.draft("RGB", (math.ceil(size[0] / ratio), math.ceil(size[1] / ratio)))
+    if image.format == "JPEG" and image.size == size:  # the same bits as PIL's, in two thirds of the time
+        return decode_image(read_file(image.filename), ImageReadMode.RGB).permute(1, 2, 0)
+    return torch.from_numpy(np.array(image.convert("RGB")))  # of greyscale and CMYK too
+
+
+def resize(pixels, height, width):
+    """Pixels (H, W, 3) scaled to (height, width, 3), bicubic with antialiasing."""
+    pixels = pixels[None].permute(0, 3, 1, 2)
+    return interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def scaled(image, *shorts):
+    """The pixels of an opened image with the shorter side scaled to each of `shorts`."""
+    width, height = image.size
+    side = min(width, height)
+    pixels = decode(image, side / max(shorts))
+    return [resize(pixels, *(max(short, round(n * short / side)) for n in (height, width))) for short in shorts]
+
+
+def scale(image, crop, rng):
+    """[1] Section 3.4: the shorter side uniform in [256, 480], then a random 224 x 224 crop (all times crop / 224)."""
+    (pixels,) = scaled(image, int(rng.integers(round(256 * crop / 224), round(480 * crop / 224) + 1)))
+    top, left = (int(rng.integers(0, n - crop + 1)) for n in pixels.shape[:2])
+    return pixels[top : top + crop, left : left + crop]
+
+
+def scale_aspect(image, crop, rng):
+    """fb.resnet.torch's: 8 to 100 % of the area, its aspect ratio uniform in [3/4, 4/3] and in half of the cases turned
+    over, scaled to crop x crop; after 10 tries that do not fit, the centre. (torchvision draws the logarithm.)"""
+    width, height = image.size
+    for _ in range(10):
+        area, ratio = rng.uniform(0.08, 1) * width * height, rng.uniform(3 / 4, 4 / 3)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if rng.random() < 0.5:
+            w, h = h, w
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            pixels = decode(image, min(w, h) / crop)
+            down, across = pixels.shape[0] / height, pixels.shape[1] / width  # below 1 if decoded at a reduced size
+            rows = slice(round(top * down), round((top + h) * down))
+            columns = slice(round(left * across), round((left + w) * across))
+            return resize(pixels[rows, columns], crop, crop)
+    return centre(*scaled(image, crop), crop)[0]
+
+
+AUGMENT = {"scale": scale, "scale-aspect": scale_aspect}
+
+
+def augmented(image, epoch, index, augment, crop, seed):
+    """A training view of an opened image, a pure function of (seed, epoch, index): pixels (crop, crop, 3), half of them
+    flipped, and the draws of `normalise`: 3 normal numbers for the lighting; with "scale-aspect" also 3 factors of the
+    jitter and the order in which they act."""
+    rng = np.random.default_rng((seed, epoch, 1 + index))
+    pixels = AUGMENT[augment](image, crop, rng)
+    draws = rng.normal(0, 0.1, 3)
+    if augment == "scale-aspect":
+        draws = np.concatenate([draws, rng.uniform(0.6, 1.4, 3), rng.permutation(3)])
+    return pixels.flip(1) if rng.random() < 0.5 else pixels, torch.from_numpy(draws).float()
+
+
+# The papers' test views. A protocol is the shorter sides that the image is scaled to, and what is cut out of each.
+
+
+def centre(pixels, size):
+    top, left = ((n - size) // 2 for n in pixels.shape[:2])
+    return [pixels[top : top + size, left : left + size]]
+
+
+def ten(pixels, size):
+    """The four corners and the centre, and their flips."""
+    height, width = pixels.shape[:2]
+    crops = [pixels[y : y + size, x : x + size] for y in (0, height - size) for x in (0, width - size)]
+    crops += centre(pixels, size)
+    return crops + [crop.flip(1) for crop in crops]
+
+
+def whole(pixels, size):
+    """The whole image, for a net that is used fully convolutionally, and its flip."""
+    return [pixels, pixels.flip(1)]
+
+
+PROTOCOLS = {
+    "1-crop": ([256], 224, centre),  # [1] Fig. 4, [2] Table 5 with test crop 224
+    "1-crop-320": ([320], 320, centre),  # [2] Table 5
+    "10-crop": ([256], 224, ten),  # [1] Tables 2 and 3
+    "multi-scale": ([224, 256, 384, 480, 640], 224, whole),  # [1] Tables 4 and 5
+}
+
+
+def test_views(image, index, protocol, crop):
+    """The views (H, W, 3) of an opened image that a protocol averages over; all sizes times crop / 224."""
+    shorts, size, cut = PROTOCOLS[protocol]
+    shorts, size = [round(s * crop / 224) for s in shorts], round(size * crop / 224)
+    return [view for pixels in scaled(image, *shorts) for view in cut(pixels, size)]
+
+
+def train_batch(made):
+    """Stack the views of `augmented`: pixels (N, H, W, 3), draws (N, 3 or 9), labels (N,)."""
+    views, labels = zip(*made, strict=True)
+    pixels, draws = zip(*views, strict=True)
+    return torch.stack(pixels), torch.stack(draws), torch.tensor(labels)
+
+
+def test_batch(made):
+    """Stack the views of `test_views`, those of one size together: [(pixels (K, H, W, 3), which image (K,)), ...] and
+    the labels (N,)."""
+    groups = {}
+    for i, (views, _) in enumerate(made):
+        for view in views:
+            groups.setdefault(view.shape, []).append((view, i))
+    stacked = [(torch.stack([v for v, _ in group]), torch.tensor([i for _, i in group])) for group in groups.values()]
+    return stacked, torch.tensor([label for _, label in made], dtype=torch.int64)
+
+
+class Views:
+    """What the loader's workers read: view(image, *key) for each key of a batch; its last part is the image's index."""
+
+    def __init__(self, images, view, stack):
+        self.images, self.view, self.stack = images, view, stack
+
+    def __getitems__(self, keys):
+        made = []
+        for *key, index in keys:
+            try:
+                with self.images.open(index) as image:
+                    made.append((self.view(image, *key, index), int(self.images.labels[index])))
+            except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+                return ValueError(
+                    f"{self.images.name(index)} cannot be read: {error}. Put a whole copy in its place; the same "
+                    "command then goes on"
+                )
+        return self.stack(made)
+
+
+def load_views(images, view, stack, batches, workers, device, start_worker):
+    """stack([(view(image, *key), label), ...]) for each batch of keys, made by so many worker processes (0: by this
+    one). Raises ValueError naming an image that cannot be read."""
+    loader = DataLoader(
+        Views(images, view, stack),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        raise ValueError(f"loading images failed: {error}") from None
+
+
+def as_it_is(batch):
+    return batch
+
+
+def image_batches(seed, n, batch_size, micro_batch, mine, iteration):
+    """The (epoch, index) of the images of each micro-batch, from an iteration on and for ever, of those in `mine` (a
+    range within an iteration's micro-batches). The epochs' permutations are one endless stream, as in `batch_draws`."""
+    order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n))
+    while True:
+        for part in mine:
+            first = iteration * batch_size + part * micro_batch
+            places = (divmod(place, n) for place in range(first, first + micro_batch))
+            yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
+        iteration += 1
+
+
+def normalise(pixels, draws=None):
+    """Pixels (N, H, W, 3) as the net reads them, float (N, 3, H, W): less the channels' mean, divided by their standard
+    deviation. With the draws of `augmented` the colours are changed before."""
+    images = pixels.permute(0, 3, 1, 2).float() / 255
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    if draws is None:
+        return (images - mean) / std
+    if draws.shape[1] > 3:
+        images = jitter(images, draws[:, 3:6], draws[:, 6:9].long())
+    # AlexNet's: along the principal components of ImageNet's colours
+    lighting = (draws[:, :3] * draws.new_tensor(EIGENVALUES)) @ draws.new_tensor(EIGENVECTORS).T
+    return (images + (lighting.view(-1, 3, 1, 1) - mean)) / std
+
+
+def jitter(images, factors, order):
+    """Brightness, contrast and saturation, each times its factor (N, 3), one after another in each image's own order
+    (N, 3): a blend with black, with the mean of its grey image, with its grey image."""
+    for kind in order.T:
+        factor = factors.gather(1, kind[:, None]).view(-1, 1, 1, 1)
+        grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+        kind = kind.view(-1, 1, 1, 1)
+        other = grey * (kind == 2) + grey.mean(dim=(2, 3), keepdim=True) * (kind == 1)
+        images = factor * images + (1 - factor) * other
+    return images
 
 
 def mix(*numbers):

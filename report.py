@@ -31,11 +31,17 @@ TITLES = {
     "2-table4": "[2] Table 4: comparison",
     "1-table6": "[1] Table 6: CIFAR-10",
     "1-fig6": "[1] Fig. 6: plain nets (the paper's figures read off its curves)",
+    "1-table2": "[1] Table 2: plain and residual nets, ImageNet validation, top-1 error of 10 crops",
+    "1-table3": "[1] Table 3: ImageNet validation, 10 crops",
+    "1-table4": "[1] Table 4: ImageNet validation, fully convolutional at five scales",
+    "1-table5": "[1] Table 5: ensembles",
+    "2-table5": "[2] Table 5: ImageNet validation, one crop of 320",
+    "2-section5": "[2] Section 5: ResNet-101, ImageNet validation, one crop of 224",
     "short": "The short schedule",
 }
 
 # Figure: its axes, and for each panel a title and the curves, by their name in paper/ and in run_all.sh
-LOSS, ERROR, TRAIN, TEST = "loss and error", "error", "training error", "test error"
+LOSS, ERROR, IMAGENET, TRAIN, TEST = "loss and error", "error", "ImageNet error", "training error", "test error"
 ORIGINAL = ("ResNet-110 original", "cifar10/110")
 FIGURES = {
     "2-fig1": (LOSS, "[2] Fig. 1 right: ResNet-1001", [
@@ -59,6 +65,10 @@ FIGURES = {
         ("middle", [(f"ResNet-{depth}", f"cifar10/{depth}") for depth in (20, 32, 44, 56, 110)]),
         ("right", [(f"ResNet-{depth}", f"cifar10/{depth}") for depth in (110, 1202)]),
     ]),
+    "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", [
+        ("left", [(f"plain-{depth}", f"imagenet/{depth}-plain") for depth in (18, 34)]),
+        ("right", [(f"ResNet-{depth}", f"imagenet/{depth}-A") for depth in (18, 34)]),
+    ]),
 }  # fmt: skip
 RESPONSES = {f"plain-{depth}": f"cifar10/{depth}-plain" for depth in (20, 56)}
 RESPONSES |= {f"ResNet-{depth}": f"cifar10/{depth}" for depth in (20, 56, 110)}
@@ -67,24 +77,32 @@ RESPONSES |= {f"ResNet-{depth}": f"cifar10/{depth}" for depth in (20, 56, 110)}
 # Reading
 
 
+TOPS = {"top-1": "top1", "top-5": "top5"}
+VAL, ONE_CROP = ("val_top1", "val_top5"), ("1-crop top-1", "1-crop top-5")
 PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # of several in one row, the first fills the table
 
 
 def read_run(folder):
-    """A run's result with its log under "log". Raises ValueError saying what is wrong with the folder."""
+    """A run's result with its log under "log", its error (%; ImageNet: top-1) under "error" and all of its errors under
+    "errors", by the metrics of paper/tables.csv. Raises ValueError saying what is wrong with the folder."""
     try:
         run = json.loads((folder / "result.json").read_text())
-        run["error"] = math.inf if run["diverged"] else float(run["test_error"])
-        for name in (
-            "seconds",
-            "peak_memory",
-            "iterations",
-            *(() if run["diverged"] else ("test_error", "train_loss")),
-        ):
-            if not math.isfinite(run[name]):
-                raise ValueError(f"{name} is {run[name]}")
+        run["errors"] = {}
+        if "runs" not in run:  # the average of several runs has no log and no error of its own
+            main = {"test_error": "test error %"} if "test_error" in run else dict(zip(VAL, ONE_CROP, strict=True))
+            run["errors"] = {name: math.inf if run["diverged"] else float(run[key]) for key, name in main.items()}
+            run["log"] = read_log(folder)
+        for path in folder.glob("*.json"):
+            if path.stem not in ("config", "result"):
+                made = json.loads(path.read_text())
+                run["errors"] |= {f"{path.stem} {top}": float(made[key]) for top, key in TOPS.items()}
+        run["error"] = next(iter(run["errors"].values()))
+        numbers = [run[name] for name in ("seconds", "peak_memory", *(() if "runs" in run else ("iterations",)))]
+        numbers += [] if run["diverged"] else [*run["errors"].values(), run.get("train_loss", 0.0)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"a number is not finite: {numbers}")
         PRECISIONS.index(run["precision"])
-        return run | {"log": read_log(folder), "folder": folder}
+        return {"log": []} | run | {"folder": folder}
     except FileNotFoundError as error:
         raise ValueError(f"not finished: there is no {pathlib.Path(error.filename).name}") from None
     except Exception as error:  # a broken file may raise anything; it must not cost the page
@@ -98,7 +116,9 @@ def read_log(folder):
     for row in log:
         if not math.isfinite(row["iteration"]) or not math.isfinite(row["train_loss"]):
             raise ValueError("log.csv has a row without iteration or training loss")
-        if not all(value is None or math.isfinite(value) for value in (row["test_error"], *row.values())):
+        if not {"test_error", "val_top1"} & row.keys():
+            raise ValueError("log.csv has no errors")
+        if not all(value is None or math.isfinite(value) for value in row.values()):
             raise ValueError("log.csv has a number that is not finite")
     return log
 
@@ -143,11 +163,12 @@ def paper_curves():
 # Tables
 
 
-def ours(runs, fails=False):
-    """median (mean +- std, n) of the runs' test errors; above 20 % "fail", where the papers say so."""
-    if not runs:
+def ours(runs, fails=False, metric=None):
+    """median (mean +- std, n) of the runs' test errors, or of a metric; above 20 % "fail", where the papers say so."""
+    errors = [run["errors"].get(metric) if metric else run["error"] for run in runs]
+    errors = [error for error in errors if error is not None]
+    if not errors:
         return ""
-    errors = [run["error"] for run in runs]
     finite = [error for error in errors if error < math.inf]
     median = statistics.median(errors)
     shown, notes = f"{median:.2f}", []
@@ -173,7 +194,8 @@ def table(tag, rows):
         for column in columns:
             cell = next((cell for cell in mine if (cell["row"], cell["column"]) == (label, column)), None)
             found = rows.get(cell["run"], []) if cell else []
-            line += f" {cell['paper'] if cell else ''} | {ours(found, cell and cell['paper'] in ('fail', '-'))} |"
+            fails = cell and cell["metric"] == "test error %" and cell["paper"] in ("fail", "-")
+            line += f" {cell['paper'] if cell else ''} | {ours(found, fails, cell and cell['metric'])} |"
         lines.append(line)
     return lines
 
@@ -227,25 +249,27 @@ def runs_of(tag, rows):
         return ["No run yet."]
     lines = ["| runs | n | precision | hours each | peak memory, GB |", "|---|---|---|---|---|"]
     away, gains = [], []
-    for cell in mine:
-        runs = rows[cell["run"]]
+    for name in dict.fromkeys(cell["run"] for cell in mine):
+        runs = rows[name]
         hours = statistics.median(run["seconds"] for run in runs) / 3600
         memory = max(run["peak_memory"] for run in runs) / 1e9
-        lines.append(
-            f"| [{cell['run']}]({cell['run']}) | {len(runs)} | {runs[0]['precision']} | {hours:.2f} | {memory:.2f} |"
-        )
-        figures = re.findall(r"[\d.]+", cell["paper"])  # "6.43 (6.61±0.16)": of the lowest of 5 runs take the mean
-        median, lowest = statistics.median(run["error"] for run in runs), "lowest" in cell["row"]
-        if figures and median == math.inf:
-            away.append(f"{cell['row']} (diverged)")
-        elif figures and abs(median - float(figures[lowest])) > 0.5:
-            away.append(f"{cell['row']} ({median - float(figures[lowest]):+.2f})")
-        elif cell["paper"] == "fail" and median <= 20:
-            away.append(f"{cell['row']} ({median:.2f} instead of a failure)")
+        lines.append(f"| [{name}]({name}) | {len(runs)} | {runs[0]['precision']} | {hours:.2f} | {memory:.2f} |")
         for run in runs:
-            errors = [row["test_error"] for row in run["log"] if row.get("test_error") is not None]
+            errors = [row.get("test_error", row.get("val_top1")) for row in run["log"]]
+            errors = [error for error in errors if error is not None]
             if errors and run["error"] < math.inf:
                 gains.append(errors[-1] - min(errors))
+    for cell in mine:
+        errors = [run["errors"][cell["metric"]] for run in rows[cell["run"]] if cell["metric"] in run["errors"]]
+        figures = re.findall(r"[\d.]+", cell["paper"])  # "6.43 (6.61±0.16)": of the lowest of 5 runs take the mean
+        label = cell["row"] + (f", {cell['column']}" if "top" in cell["metric"] else "")
+        median = statistics.median(errors or [math.nan])
+        if figures and median == math.inf:
+            away.append(f"{label} (diverged)")
+        elif figures and abs(median - float(figures["lowest" in cell["row"]])) > 0.5:
+            away.append(f"{label} ({median - float(figures['lowest' in cell['row']]):+.2f})")
+        elif cell["paper"] == "fail" and median <= 20:
+            away.append(f"{label} ({median:.2f} instead of a failure)")
     if gains:
         gain = (
             f"{statistics.mean(gains):.2f} % above the lowest of a run's test evaluations (mean of {len(gains)} runs)"
@@ -322,7 +346,8 @@ def paper_points(curves, network, quantity, figure):
 
 
 def label_iterations(axes, start, end):
-    ticks = range(math.ceil(start / 10_000) * 10_000, end, 10_000)
+    every = 100_000 if end > 100_000 else 10_000
+    ticks = range(math.ceil(start / every) * every, end, every)
     axes.set_xlim(start, end)
     axes.set_xticks(ticks, [str(tick // 10_000) for tick in ticks])
     axes.set_xlabel("iterations (1e4)")
@@ -337,24 +362,26 @@ def draw_figure(name, curves, rows):
         axes.set_title(f"{title} {panel}".strip(), fontsize=10)
         right = axes.twinx() if kind == LOSS else axes
         quantities = [("train_loss", axes, "--"), ("test_error", right, "-")]
-        if kind == ERROR:
-            quantities = [("train_error", axes, "--"), ("test_error", axes, "-")]
+        if kind != LOSS:
+            quantities = [("train_error", axes, "--"), ("val_top1" if kind == IMAGENET else "test_error", axes, "-")]
             quantities = {TRAIN: quantities[:1], TEST: quantities[1:]}.get(panel, quantities)
         for i, (network, run_name) in enumerate(networks):
             for quantity, where, line in quantities:
-                theirs = paper_points(curves, network, quantity, f"{name[-1]} {panel}".replace("(", "").strip())
+                theirs = "val_error" if quantity == "val_top1" else quantity
+                theirs = paper_points(curves, network, theirs, f"{name[-1]} {panel}".replace("(", "").strip())
                 plot(where, theirs, color=f"C{i}", linestyle=line, linewidth=0.8, alpha=0.5)
                 for run in rows.get(run_name, []):
                     plot(where, our_points(run, quantity), color=f"C{i}", linestyle=line, linewidth=1.8)
             n = len(rows.get(run_name, []))
             right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours: n = {n}' if n else 'paper'})")
         begin = 34_000 if "ResNet-1202" in dict(networks) else 0  # as the paper cuts it
-        label_iterations(axes, begin, 68_000 if kind == LOSS else 64_000)
+        label_iterations(axes, begin, {LOSS: 68_000, ERROR: 64_000, IMAGENET: 600_000}[kind])
         if kind == LOSS:
             axes.set(yscale="log", ylim=(0.002, 2), ylabel="training loss (dashed)")
             right.set(ylim=(0, 20), ylabel="test error, % (solid)")
         else:
-            axes.set(ylim=(0, 20), ylabel=panel + ", %" if panel in (TRAIN, TEST) else "error, % (dashed: training)")
+            axes.set(ylim=(20, 60) if kind == IMAGENET else (0, 20))
+            axes.set(ylabel=panel + ", %" if panel in (TRAIN, TEST) else "error, % (dashed: training)")
         right.legend(fontsize=7, loc="upper right", framealpha=0.6)
     save(figure, name)
 
@@ -411,7 +438,9 @@ def draw_run(folder):
     figure, axes = plt.subplots(figsize=(6, 4))
     right = axes.twinx()
     plot(axes, our_points(run, "train_loss"), color="C0", linestyle="--", marker=".")
-    for quantity, color in (("test_error", "C0"), ("val_error", "C1")):
+    for quantity, color in (("test_error", "C0"), ("val_error", "C1"), ("val_top1", "C0"), ("val_top5", "C2")):
+        if quantity not in run["log"][0]:
+            continue
         plot(right, our_points(run, quantity), color=color, marker=".", label=quantity.replace("_", " "))
     axes.set(yscale="log", xlabel="iterations", ylabel="training loss (dashed)", title=folder.name)
     right.set(ylabel="error, % (solid)")
@@ -473,7 +502,9 @@ def headline(rows):
     if papers:
         lines += ["| the papers' nets, full schedule | paper | ours |", "|---|---|---|"]
         for cell in {cell["run"]: cell for cell in reversed(papers)}.values():
-            lines.append(f"| {cell['run']} | {cell['paper']} | {ours(rows[cell['run']], cell['paper'] == 'fail')} |")
+            note = "" if cell["metric"] == "test error %" else f", {cell['metric']}"
+            mine = ours(rows[cell["run"]], cell["paper"] == "fail", cell["metric"])
+            lines.append(f"| {cell['run']}{note} | {cell['paper']} | {mine} |")
     else:
         lines.append("None of the papers' nets has been run on its full schedule of 64,000 iterations yet.")
     return "\n".join(lines)
@@ -496,6 +527,7 @@ def page(rows, others, problems):
         "",
         "Written by `python report.py` from the run folders beside it; a cell is empty where nothing has run. Test",
         "error in %, of the last iterate: *median (mean ± std over the runs, n)*. [2]'s figures are medians of 5 runs.",
+        "On ImageNet, top-1 and top-5 error on the validation images.",
     ]
     for tag, title in TITLES.items():
         lines += ["", f"## {title}", ""]

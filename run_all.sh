@@ -7,13 +7,15 @@
 #   SEEDS="1 2" bash run_all.sh         these seeds for every row, instead of as many as the paper has
 #   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
 #   JOBS=4 bash run_all.sh              four runs side by side: small nets do not fill a large GPU
-#   SMOKE=1 bash run_all.sh             each row once, for 4 iterations at depth 20 on a few synthetic images
+#   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       what starts the ImageNet rows, instead of python
+#   SMOKE=1 bash run_all.sh             each row once: a few steps on small synthetic images, CIFAR's nets at depth 20
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's figure is the test error in %; [2] says fail above 20 %, and - stands for one that it does not report.
 # In [2] every figure is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
 # [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. That ResNet-1202 and, in both papers' tables,
-# plain-110 warm up too is our choice.
+# plain-110 warm up too is our choice. On ImageNet the figures are top-1 and, after the comma, top-5 error, under the
+# protocol of the row's first table (--test; the single crop of 224 is always evaluated).
 
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -81,6 +83,36 @@ rows="
 1-fig6                               11.4       1      cifar10/44-plain                         --depth 44 --unit basic-plain --warmup 0
 1-fig6                               13.2       1      cifar10/56-plain                         --depth 56 --unit basic-plain --warmup 0
 
+# ImageNet, [1] Table 2: plain and residual nets (option A), 10-crop; the curves of [1] Fig. 4
+1-table2                             27.94      1      imagenet/18-plain                        --depth 18 --unit basic-plain --test 10-crop
+1-table2,1-table3                    28.54,10.02 1      imagenet/34-plain                        --depth 34 --unit basic-plain --test 10-crop
+1-table2                             27.88      1      imagenet/18-A                            --depth 18 --unit basic --unit-arg option=A --test 10-crop
+1-table2,1-table3                    25.03,7.76 1      imagenet/34-A                            --depth 34 --unit basic --unit-arg option=A --test 10-crop
+
+# [1] Tables 3 (10-crop) and 4 (multi-scale)
+1-table3,1-table4                    24.52,7.46 1      imagenet/34-B                            --depth 34 --unit basic --test 10-crop,multi-scale
+1-table3,1-table4                    24.19,7.40 1      imagenet/34-C                            --depth 34 --unit basic --unit-arg option=C --test 10-crop,multi-scale
+1-table3,1-table4                    22.85,6.71 1      imagenet/50                              --depth 50 --unit bottleneck --test 10-crop,multi-scale
+1-table3,1-table4,2-section5         21.75,6.05 1      imagenet/101                             --depth 101 --unit bottleneck --test 10-crop,multi-scale
+1-table3,1-table4,2-table5           21.43,5.71 2      imagenet/152                             --depth 152 --unit bottleneck --test 10-crop,multi-scale,1-crop-320
+
+# [1] Table 5: six nets of different depth, two of them ResNet-152; which the others were is not said
+1-table5                             -,3.57     1      imagenet/ensemble                        --evaluate imagenet/34-B/seed1 imagenet/34-C/seed1 imagenet/50/seed1 imagenet/101/seed1 imagenet/152/seed1 imagenet/152/seed2 --test multi-scale
+
+# [2] Table 5: tested on a single crop of 320
+2-table5                             21.1,5.5   1      imagenet/152-preact                      --depth 152 --unit bottleneck-preact --test 1-crop-320
+2-table5                             21.8,6.0   1      imagenet/200                             --depth 200 --unit bottleneck --test 1-crop-320
+2-table5                             20.7,5.3   1      imagenet/200-preact                      --depth 200 --unit bottleneck-preact --test 1-crop-320
+2-table5                             20.1,4.8   1      imagenet/200-preact-scale-aspect         --depth 200 --unit bottleneck-preact --augment scale-aspect --test 1-crop-320
+
+# [2] Section 5: ResNet-101 on a single crop of 224; its nets with other shortcuts the authors halted
+2-section5                           24.6,7.5   1      imagenet/101-bn-after-add                --depth 101 --unit bottleneck-bn-after-add
+2-section5                           -          1      imagenet/101-constant-scaling-0.5-0.5    --depth 101 --unit bottleneck-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=0.5
+2-section5                           -          1      imagenet/101-exclusive-gating-6          --depth 101 --unit bottleneck-exclusive-gating --unit-arg gate_bias=-6
+2-section5                           -          1      imagenet/101-shortcut-gating-6           --depth 101 --unit bottleneck-shortcut-gating --unit-arg gate_bias=-6
+2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
+2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
+
 # Not the papers' tables, but an evening on a laptop: the units beside each other in minutes a run
 short                                -          3      short/38-plain                           --depth 38 --unit basic-plain $short
 short                                -          3      short/38                                 --depth 38 --unit basic $short
@@ -133,7 +165,7 @@ if [ -n "${SMOKE:-}" ]; then
     trap 'rm -rf "$results"' EXIT
     SEEDS=1
     export OMP_NUM_THREADS=1
-    smoke="--dataset synthetic --images 64 --depth 20 --iterations 4 --batch-size 8 --micro-batch 4"
+    smoke="--dataset synthetic --batch-size 8 --micro-batch 4"
 fi
 
 names=$(awk '{print $4}' <<<"$rows")
@@ -143,7 +175,7 @@ for word; do
 done
 
 # The runs: the first seed of every row, then the second of every row, so that a table fills evenly.
-runs=()
+runs=() averages=()
 for ((k = 0; ; k++)); do
     before=${#runs[@]}
     while read -r tags paper count name flags; do
@@ -152,16 +184,37 @@ for ((k = 0; ; k++)); do
         [ -n "${SEEDS:-}" ] || seeds=("${seeds[@]:0:count}")
         [ "$k" -lt "${#seeds[@]}" ] || continue
         run=$name/seed${seeds[k]}
-        command="python cifar_train.py $flags --seed ${seeds[k]}${smoke:+ $smoke} --out $results/$run"
-        runs+=("$run $paper $command")
+        case "$name $flags" in
+            *--evaluate*) # of other rows' runs, so after all of them
+                [ -z "$smoke" ] || flags=${flags//seed2/seed1}
+                command="${LAUNCH:-python} imagenet_train.py ${flags// imagenet\// $results/imagenet/}"
+                [ "$k" = 0 ] && averages+=("$run $paper $command --out $results/$run")
+                continue
+                ;;
+            imagenet/*)
+                command="${LAUNCH:-python} imagenet_train.py $flags --seed ${seeds[k]}"
+                command+=${smoke:+ $smoke --images 16 --crop 32 --epochs 1 --workers 0}
+                ;;
+            *)
+                command="python cifar_train.py $flags --seed ${seeds[k]}"
+                command+=${smoke:+ $smoke --images 64 --depth 20 --iterations 4}
+                ;;
+        esac
+        runs+=("$run $paper $command --out $results/$run")
     done <<<"$rows"
     [ ${#runs[@]} -gt "$before" ] || break
 done
+runs+=(${averages[@]+"${averages[@]}"})
 
 run() { # one run, its own child; a line in $failed if it fails
-    local name paper command child status stopped=
+    local name paper command child status lacking stopped=
     read -r name paper command <<<"$1"
     [ -e "$results/$name/result.json" ] && return
+    lacking=$(lacking "$command")
+    [ -z "$lacking" ] || {
+        echo "$name waits for the runs that it averages:" $lacking
+        return
+    }
     echo "$name (the paper: $paper): $command"
     $command &
     child=$!
@@ -174,10 +227,17 @@ run() { # one run, its own child; a line in $failed if it fails
     done
     case $status in
         0) return ;;
-        130 | 143) [ -n "$stopped" ] && return ;; # the next call continues it
+        130 | 143 | 1) [ -n "$stopped" ] && return ;; # the next call continues it; stopped, torchrun itself says 1
         2) busy "$results/$name" && echo "$name: left to the program that is running it" && return ;;
     esac
     echo "  $name (exit status $status)" >>"$failed"
+}
+
+lacking() { # the runs that a command evaluates and that have not finished
+    local word
+    [[ $1 = *--evaluate* ]] && for word in ${1%--out*}; do
+        [[ $word != */seed* || -e $word/result.json ]] || echo "$word"
+    done
 }
 
 busy() { # does another program hold the run's folder?
@@ -200,6 +260,8 @@ stopped=
 jobs=${JOBS:-1} cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
 for ((r = i - 1; r < ${#runs[@]}; r += n)); do
+    # an average waits for the runs before it
+    while [ -z "$stopped" ] && [[ ${runs[r]} = *--evaluate* ]] && [ -n "$(jobs -rp)" ]; do wait -n || sleep 0.1; done
     run "${runs[r]}" &
     while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || sleep 0.1; done
     [ -z "$stopped" ] || break

@@ -32,7 +32,7 @@ HERE = pathlib.Path(__file__).parent
 SHARED = HERE.parent / "shared"
 
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NUMBERS = checkpoint.SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +225,8 @@ def test_learning_rate(flags):
 def test_weight_decay_and_momentum(flags):
     net = models.cifar_resnet(8, units.BasicExclusiveGating)
     for recipe, decay in (("paper", 0), ("resnet-1k-layers", 1e-4)):
-        optimizer = cifar_train.sgd(net, flags("--recipe", recipe))
+        chosen = cifar_train.RECIPES[recipe]
+        optimizer = cifar_train.sgd(net, 0.1, chosen["nesterov"], chosen["decay_all"])
         weights, others = optimizer.param_groups
         assert (weights["weight_decay"], others["weight_decay"]) == (1e-4, decay)
         assert {weights["nesterov"], others["nesterov"]} == {recipe != "paper"}

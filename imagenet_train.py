@@ -1,0 +1,448 @@
+"""The ImageNet experiments of [1] Section 4.1 and [2] Section 5, the papers of units.py, and all their evaluations.
+
+    torchrun --nproc_per_node=8 imagenet_train.py --depth 200 --preact    # eight GPUs, 32 images on each, as in [2]
+    python imagenet_train.py --depth 50 --test 10-crop,multi-scale          # the same net's training on one
+    python imagenet_train.py --evaluate runs/imagenet-50-bottleneck-seed1 --test 1-crop-320
+    python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
+    python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --images 500 --epochs 4 --batch-size 32
+
+The same command again continues a run that was stopped. Its loop is cifar_train.py's; its step is that very one.
+"""
+
+import argparse
+import csv
+import functools
+import math
+import os
+import pathlib
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import data
+from cifar_train import check_numbers, peak_memory, reduced, resolve_unit, restore, say, sgd, step
+from models import flatten, imagenet_resnet
+from units import UNITS
+
+DROPS = (1 / 3, 2 / 3)  # the learning rate is divided by 10 at epochs 30 and 60 of 90: [2] Section 5, [1] Fig. 4
+
+
+def lr_at(iteration, args):
+    """The learning rate of an iteration (0, 1, ...), without a warm-up ([2] Section 5)."""
+    return args.lr / 10 ** sum(iteration >= round(drop * args.iterations) for drop in DROPS)
+
+
+@torch.inference_mode()
+def evaluate(nets, images, protocol, args, device, stop):
+    """The top-1 and top-5 error (%) under a protocol of data.PROTOCOLS, by the softmax averaged over its views and over
+    the nets. Every image counts once, whatever the number of processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = min(args.micro_batch, math.ceil(len(images) / world))
+    batches = [
+        [(i,) for i in range(first + rank, min(first + size * world, len(images)), world)]
+        for first in range(0, len(images), size * world)
+    ]
+    view = functools.partial(data.test_views, protocol=protocol, crop=args.crop)
+    autocast = reduced(args.precision, device)
+    right = torch.zeros(2, dtype=torch.int64, device=device)
+    for net in nets:
+        net.eval()
+    for groups, labels in load(images, view, data.test_batch, batches, args, device):
+        stop.check()
+        scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
+        for pixels, which in groups:
+            for part, rows in zip(pixels.split(size), which.split(size), strict=True):
+                part, rows = data.normalise(part.to(device)), rows.to(device)
+                for net in nets:
+                    with autocast:
+                        logits = net(part)
+                    scores.index_add_(0, rows, logits.double().softmax(dim=1))
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(device).unsqueeze(1)
+        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+    dist.all_reduce(right)
+    for net in nets:
+        net.train()
+    return [100 * (len(images) - n) / len(images) for n in right.tolist()]
+
+
+def train(args, net, sets, state, run, stop, device):
+    """Train a net, on from a checkpoint's state where there is one, to args.iterations or until it diverges.
+
+    sets: the training and the validation images. Process 0 writes the run's folder. Returns the result; raises Stopped,
+    with everything saved, when asked to stop, and exits with status 2 at an image that cannot be read.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    count = args.batch_size // args.micro_batch
+    mine = range(rank * count // world, (rank + 1) * count // world)  # this process's micro-batches
+    ends = {max(1, round(epoch * args.images / args.batch_size)) for epoch in range(1, args.epochs + 1)}
+    tail = math.ceil(args.iterations / 10)
+
+    shared, running = flatten(net)
+    optimizer = sgd(net, args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    autocast = reduced(args.precision, device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
+    iteration, seconds, rows = 0, 0.0, []
+    if state:
+        restore(state, net, optimizer, scaler, sums)
+        iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
+    began = time.monotonic() - seconds  # so that the clock counts all sittings
+    saved = time.monotonic()
+
+    view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
+    stream = data.image_batches(args.seed, args.images, args.batch_size, args.micro_batch, mine, iteration)
+    stream = load(sets[0], view, data.train_batch, stream, args, device)
+    clock = Waiting(args, device)
+
+    def finite():
+        return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
+
+    def save():
+        state = {"model": net.state_dict(), "classes": sets[0].classes, "optimizer": optimizer.state_dict()}
+        state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
+        if rank == 0:
+            run.save(state | {"seconds": time.monotonic() - began})
+
+    def log(iterations):
+        loss, error = (sums[:2] / iterations).tolist()
+        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / args.images, 3)}
+        row |= {"lr": lr_at(iteration - 1, args), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
+        row["val_top1"], row["val_top5"] = evaluate([net], sets[1], "1-crop", args, device, stop)
+        rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
+        sums[:2] = 0
+        if rank == 0:
+            run.log(rows)
+            say(
+                f"epoch {row['epoch']:g} of {args.epochs}  lr {row['lr']:g}  training loss {loss:.4f}  "
+                f"top-1 error {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  {rows[-1]['seconds']:,.0f} s"
+            )
+
+    net.train()
+    bar = tqdm(total=args.iterations, initial=iteration, unit="it", disable=True if rank else None)
+    try:
+        while True:
+            logged = rows[-1]["iteration"] if rows else 0
+            if iteration > logged and iteration in ends:
+                if not finite():
+                    break
+                log(iteration - logged)
+                clock.restart()
+            if iteration == args.iterations:
+                break
+            if stop.check(time.monotonic() - saved >= args.checkpoint_seconds):
+                if not finite():
+                    break
+                save()
+                saved = time.monotonic()
+            with checkpoint.all_or_none(), clock:
+                batches = [next(stream) for _ in mine]
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr_at(iteration, args))
+            torch.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: a pure function, as all draws are
+            batches = [[t.to(device, non_blocking=True) for t in batch] for batch in batches]
+            batches = [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
+            step(net, batches, shared, running, optimizer, scaler, autocast)
+            sums[:2] += shared[-2:]
+            if iteration >= args.iterations - tail:
+                sums[2] += shared[-2]
+            iteration += 1
+            bar.set_postfix_str(f"{clock.share():.0%} waiting for data", refresh=False)
+            bar.update()
+    except (checkpoint.Stopped, SystemExit):  # asked to stop; or an image could not be read
+        if finite():
+            save()
+            if rank == 0:
+                print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+        stream.close()
+    diverged = not finite()
+    if not diverged:
+        save()
+    names = "dataset depth unit unit_args augment crop seed epochs iterations batch_size micro_batch precision"
+    return {
+        **{name: getattr(args, name) for name in names.split()},
+        "parameters": sum(p.numel() for p in net.parameters()),
+        **{name: None if diverged else rows[-1][name] for name in ("val_top1", "val_top5")},
+        "train_loss": None if diverged else round(sums[2].item() / tail, 6),
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_memory": peak_memory(device),
+        "diverged": diverged,
+    }
+
+
+def load(images, view, stack, batches, args, device):
+    return data.load_views(images, view, stack, batches, args.workers, device, checkpoint.ignore_signals)
+
+
+class Waiting:
+    """The share of the time since the last evaluation in which the device had nothing to do but wait for images. Warns,
+    once, when it passes 30 %."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.warned = args, device, dist.get_rank() > 0
+        self.restart()
+
+    def restart(self):
+        self.began, self.waited, self.batches = time.monotonic(), 0.0, 0
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # what is still computing is not waiting
+        self.start = time.monotonic()
+
+    def __exit__(self, *error):
+        self.waited += time.monotonic() - self.start
+        self.batches += 1
+        if self.batches >= 20 and self.share() > 0.3 and not self.warned:
+            self.warned = True
+            images, elapsed = self.batches * self.args.batch_size, time.monotonic() - self.began
+            say(
+                f"input-bound: {self.share():.0%} of the time is spent waiting for data. The loader delivers "
+                f"{images / elapsed:,.0f} images/s, the net takes {images / (elapsed - self.waited):,.0f} "
+                f"(--workers is {self.args.workers})"
+            )
+
+    def share(self):
+        return self.waited / max(time.monotonic() - self.began, 1e-9)
+
+
+@torch.inference_mode()
+def recompute_bn(net, images, n, args, device, stop):
+    """BN's statistics as the true mean and variance over n training views, as the authors did before
+    they published their nets ([1], github.com/KaimingHe/deep-residual-networks)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    total = max(n // args.micro_batch, 1)
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    moments = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=device) for layer in layers]
+
+    def gather(moment, layer, inputs):
+        x = inputs[0].double()
+        moment += torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])
+
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(gather, moment))
+        for layer, moment in zip(layers, moments, strict=True)
+    ]
+    view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
+    stream = data.image_batches(args.seed, len(images), args.micro_batch, args.micro_batch, range(1), args.iterations)
+    stream = (batch for i, batch in zip(range(total), stream, strict=False) if i % world == rank)
+    autocast = reduced(args.precision, device)
+    net.train()
+    for pixels, draws, _ in load(images, view, data.train_batch, stream, args, device):
+        with autocast:
+            net(data.normalise(pixels.to(device), draws.to(device)))
+    stop.check()
+    for hook in hooks:
+        hook.remove()
+    for layer, moment in zip(layers, moments, strict=True):
+        dist.all_reduce(moment)
+        mean, square = moment / total
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(square - mean.square())
+
+
+def parse_flags():
+    """The command line, with every default filled in; exits with status 2 on bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("the net").add_argument
+    add("--depth", type=int, default=50, help="weight layers: 18, 34, 50, 101, 152, 200 (default 50)")
+    add("--preact", action="store_true", help="full pre-activation, [2] Fig. 4(e) (default: the original unit)")
+    add("--unit", metavar="NAME", help="a unit of units.py (default basic at 18 and 34, else bottleneck)")
+    add("--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable")
+    add = parser.add_argument_group("the data").add_argument
+    add(
+        "--dataset",
+        choices=("imagenet", "synthetic"),
+        default="imagenet",
+        help="synthetic needs none (default imagenet)",
+    )
+    add("--data", metavar="DIR", help="where train/<class>/ and val/<class>/ lie (default data/imagenet)")
+    add("--augment", choices=data.AUGMENT, default="scale", help="scale is the papers' (default scale)")
+    add("--crop", type=int, default=224, metavar="N", help="pixels; every size scales along (default 224)")
+    add("--images", type=int, default=1000, metavar="N", help="how many synthetic ones to train on (default 1000)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: the cores of a process)")
+    add = parser.add_argument_group("the recipe").add_argument
+    add("--epochs", type=int, default=90, metavar="N", help="the drops scale along (default 90)")
+    add("--batch-size", type=int, metavar="N", help="images a step (default 256); with --evaluate at once (32)")
+    add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default an 8th of the batch)")
+    add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
+    add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
+    add = parser.add_argument_group("the machine and the run").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
+    add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
+    add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
+    add(
+        "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
+    )
+    add = parser.add_argument_group("evaluation").add_argument
+    protocols = ", ".join(data.PROTOCOLS)
+    add("--test", metavar="PROTOCOL[,...]", help=f"at the end of training, or with --evaluate: {protocols}")
+    add("--evaluate", nargs="+", metavar="RUN", help="evaluate a run; of several the average, into the folder --out")
+    add("--recompute-bn", type=int, default=0, metavar="N", help="before, BN's statistics over N training images")
+    args = parser.parse_args()
+    try:
+        resolve(args)
+    except ValueError as error:
+        checkpoint.fail(error)
+    return args
+
+
+def resolve(args):
+    """Fill in what the flags leave open. Raises ValueError on a contradiction."""
+    resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+    with torch.device("meta"):  # raises ValueError for an impossible depth or option
+        imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    args.workers = max(os.cpu_count() // processes, 1) if args.workers is None else args.workers
+    args.test = args.test.split(",") if args.test else []
+    for protocol in args.test:
+        if protocol not in data.PROTOCOLS:
+            raise ValueError(f"there is no --test {protocol}: choose from {', '.join(data.PROTOCOLS)}")
+    if args.evaluate:
+        if len(args.evaluate) > 1 and not args.out:
+            raise ValueError("--evaluate of several runs needs a folder of its own: --out DIR")
+        return
+    if args.recompute_bn:
+        raise ValueError("--recompute-bn goes with --evaluate")
+    args.batch_size = 256 if args.batch_size is None else args.batch_size
+    args.micro_batch = max(args.batch_size // 8, 1) if args.micro_batch is None else args.micro_batch
+    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
+    check_numbers(args, epochs=1, crop=32, images=1, workers=0)
+
+
+def papers_figures(args, protocol):
+    """What the papers have for a net under a protocol, by the tables' copy in paper/: " (the paper: 22.85, 6.71)"."""
+    body, _, panel = args.unit.partition("-")
+    option = args.unit_args.get("option", "")
+    name = f"imagenet/{args.depth}" + (panel and f"-{panel}")
+    name += f"-{option}" if option and (body == "basic" or option != "B") else ""
+    name += "-scale-aspect" if args.augment == "scale-aspect" else ""
+    with open(pathlib.Path(__file__).parent / "paper" / "tables.csv", newline="") as file:
+        found = {cell["metric"]: cell["paper"] for cell in csv.DictReader(file) if cell["run"] == name}
+    figures = [found[f"{protocol} {top}"] for top in ("top-1", "top-5") if f"{protocol} {top}" in found]
+    return f" (the paper, all of ImageNet: {', '.join(figures)})" if figures else ""
+
+
+def test(nets, images, protocols, args, device, stop, folder, more):
+    """Evaluate under each protocol: a line on the terminal, and <protocol>.json in a folder. Returns their contents."""
+    found = {}
+    for protocol in protocols:
+        top1, top5 = evaluate(nets, images, protocol, args, device, stop)
+        found[protocol] = {"top1": top1, "top5": top5, "images": len(images), "precision": args.precision} | more
+        if dist.get_rank() == 0:
+            checkpoint.write_json(pathlib.Path(folder, f"{protocol}.json"), found[protocol])
+            paper = papers_figures(args, protocol) if len(nets) == 1 else ""
+            say(f"{folder}: {protocol} top-1 error {top1:.2f} %, top-5 {top5:.2f} %{paper}")
+    return found
+
+
+def read_run(folder):
+    """(flags, net, classes) of a run. Raises ValueError when its folder does not hold one."""
+    args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
+    state = checkpoint.load(folder)
+    if state is None:
+        raise ValueError(f"{folder} holds no checkpoint")
+    try:
+        net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
+        net.load_state_dict(state["model"])
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: its config.json does not describe its checkpoint's net: {error}") from None
+    return args, net, state["classes"]
+
+
+def check_classes(folder, classes, images):
+    if classes != images.classes:
+        mine, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
+        raise ValueError(f"{folder} is of {mine} and the images of {theirs}")
+
+
+def evaluate_runs(flags, device, stop):
+    """Evaluate a run's checkpoint, or the average of several; net, data set and crop are those of their config.json."""
+    began = time.monotonic()
+    with checkpoint.all_or_none():
+        lacking = [run for run in flags.evaluate if not pathlib.Path(run, "config.json").exists()]
+        if lacking:
+            raise ValueError(f"there is no run in {', '.join(lacking)}")
+        runs = [read_run(folder) for folder in flags.evaluate]
+        args, _, classes = runs[0]
+        train_images, images = data.load_imagenet(args.dataset, flags.data or args.data, args.images)
+        for folder, (other, net, its_classes) in zip(flags.evaluate, runs, strict=True):
+            check_classes(folder, its_classes, images)
+            if (other.dataset, other.crop) != (args.dataset, args.crop):
+                raise ValueError(f"{folder} and {flags.evaluate[0]} differ in data set or crop")
+            net.to(device, memory_format=torch.channels_last)
+        out = pathlib.Path(flags.out or flags.evaluate[0])
+        out.mkdir(parents=True, exist_ok=True)
+    for other, net, _ in runs:
+        other.workers, other.micro_batch = flags.workers, flags.batch_size or 32
+        if flags.recompute_bn:
+            recompute_bn(net, train_images, flags.recompute_bn, other, device, stop)
+    made = {"runs": flags.evaluate, "recompute_bn": flags.recompute_bn}
+    found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made)
+    if flags.out and dist.get_rank() == 0:
+        done = {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
+        done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
+        checkpoint.write_json(out / "result.json", done)
+    return 0
+
+
+def train_run(args, device, stop):
+    """Train the net that the flags name, or say that this has been done, and evaluate what --test asks for and has not
+    been evaluated yet; all of it is in the run's folder, result.json last."""
+    args.data = args.data or "data/imagenet"
+    with checkpoint.all_or_none():
+        sets = data.load_imagenet(args.dataset, args.data, args.images)
+        args.images, args.classes = len(sets[0]), len(sets[0].classes)
+        args.iterations = max(1, round(args.epochs * args.images / args.batch_size))
+        torch.manual_seed(args.seed)
+        net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
+        net.to(device, memory_format=torch.channels_last)
+        flags = {name: value for name, value in vars(args).items() if name not in ("evaluate", "test", "recompute_bn")}
+        run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
+        state = checkpoint.load(args.out)
+        if state:
+            check_classes(args.out, state["classes"], sets[1])
+    result = pathlib.Path(args.out, "result.json")
+    done = result.exists()
+    protocols = [name for name in args.test if not pathlib.Path(args.out, f"{name}.json").exists()]
+    made = checkpoint.read_json(result) if done else train(args, net, sets, state, run, stop, device)
+    if protocols and not made["diverged"]:
+        if done:
+            net.load_state_dict(state["model"])
+        test([net], sets[1], protocols, args, device, stop, args.out, {"runs": [args.out], "recompute_bn": 0})
+    if run:
+        if not done:
+            run.finish(made)
+        error = f"top-1 error {made['val_top1']:.2f} %, top-5 {made['val_top5']:.2f} %"
+        error = "diverged" if made["diverged"] else error + papers_figures(args, "1-crop")
+        files = f"its files are in {args.out} (its curve: python report.py {args.out})"
+        say(f"{'already finished' if done else 'finished'}: {error}; {files}")
+    return 0
+
+
+def main():
+    args = parse_flags()
+    try:
+        device = checkpoint.start_processes(args.device)
+    except ValueError as error:
+        checkpoint.fail(error)
+    stop = checkpoint.Stop()
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        return (evaluate_runs if args.evaluate else train_run)(args, device, stop)
+    except checkpoint.Stopped as stopped:
+        return stopped.status
+
+
+if __name__ == "__main__":
+    status = main()
+    dist.destroy_process_group()
+    sys.exit(status)

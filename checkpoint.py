@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 
 import torch
@@ -131,7 +132,8 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # held as long as this object lives
-        os.register_at_fork(after_in_child=self.lock.close)  # and not by loader workers that outlive it
+        lock = weakref.ref(self.lock)
+        os.register_at_fork(after_in_child=lambda: lock() and lock().close())  # not by loader workers that outlive it
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

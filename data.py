@@ -208,16 +208,25 @@ class SyntheticImages:
         return Image.fromarray(pattern).resize((256, 192))
 
 
+@functools.cache
+def jpeg_decoder():
+    """torchvision's reading of a JPEG file into (3, H, W): the bits of PIL in two thirds of the time. None where there
+    is none, as torchvision 0.29 has deprecated it."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    except ImportError:
+        return None
+    return lambda path: decode_jpeg(read_file(path), ImageReadMode.RGB)
+
+
 def decode(image, ratio):
     """The pixels of an opened image, uint8 (H, W, 3); where they will be scaled down `ratio` times, a JPEG's at
     1/2, 1/4 or 1/8 of its size if that is enough, which is cheaper."""
-    from torchvision.io import ImageReadMode, decode_image, read_file
-
     size = image.size
     if ratio >= 2:
-        image.draft("RGB", (math.ceil(size[0] / ratio), math.ceil(size[1] / ratio)))
-    if image.format == "JPEG" and image.size == size:  # the same bits as PIL's, in two thirds of the time
-        return decode_image(read_file(image.filename), ImageReadMode.RGB).permute(1, 2, 0)
+        image.draft("RGB", (int(size[0] / ratio), int(size[1] / ratio)))
+    if image.format == "JPEG" and image.size == size and jpeg_decoder():
+        return jpeg_decoder()(image.filename).permute(1, 2, 0)
     return torch.from_numpy(np.array(image.convert("RGB")))  # of greyscale and CMYK too
 
 

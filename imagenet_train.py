@@ -421,8 +421,10 @@ def train_run(args, device, stop):
     if run:
         if not done:
             run.finish(made)
-        error = f"top-1 error {made['val_top1']:.2f} %, top-5 {made['val_top5']:.2f} %"
-        error = "diverged" if made["diverged"] else error + papers_figures(args, "1-crop")
+        error = "diverged"
+        if not made["diverged"]:
+            error = f"top-1 error {made['val_top1']:.2f} %, top-5 {made['val_top5']:.2f} %"
+            error += papers_figures(args, "1-crop")
         files = f"its files are in {args.out} (its curve: python report.py {args.out})"
         say(f"{'already finished' if done else 'finished'}: {error}; {files}")
     return 0

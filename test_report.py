@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import cifar_train
+import data
 import report
 from test_training import listed
 
@@ -210,13 +211,17 @@ def test_responses_are_the_std_after_bn(tmp_path, monkeypatch, capsys):
 def test_tables_and_run_all_hold_the_same_figures():
     rows = {line.split()[0].removesuffix("/seed1"): line.split()[1].split(",") for line in listed(SEEDS="1")}
     tags = {tag: {line.split()[0].removesuffix("/seed1") for line in listed(tag, SEEDS="1")} for tag in report.TITLES}
-    found = {tag: set() for tag in tags}
+    found, papers = {tag: set() for tag in tags}, {}
     for cell in report.cells():
         if cell["run"]:
             found[cell["table"]].add(cell["run"])
-            assert cell["metric"] == "test error %"
-            if cell["table"] != "short":
+            protocol, _, top = cell["metric"].partition(" ")
+            assert (protocol in data.PROTOCOLS and top in report.TOPS) == cell["run"].startswith("imagenet/")
+            papers.setdefault(cell["run"], []).append(cell["paper"].split()[0] if cell["paper"] else "")
+            if cell["metric"] == "test error %" and cell["table"] != "short":
                 assert cell["paper"].split()[0] in rows[cell["run"]], cell
+    for name, figures in papers.items():
+        assert not name.startswith("imagenet/") or {*rows[name]} <= {*figures, "-"}, name
     assert found == tags
     assert set().union(*found.values()) == set(rows)
 
@@ -227,7 +232,8 @@ def test_curves_end_at_the_tables_figures():
     figures = {cell["run"]: cell["paper"].split()[0] for cell in report.cells() if cell["table"].startswith("2-")}
     for name, (kind, _, panels) in report.FIGURES.items():
         for network, run in {curve for _, panel in panels for curve in panel}:
-            for quantity in ("test_error", "train_loss" if kind == report.LOSS else "train_error"):
+            error = "val_error" if kind == report.IMAGENET else "test_error"
+            for quantity in (error, "train_loss" if kind == report.LOSS else "train_error"):
                 assert curves[network, quantity], (name, network)
             if kind == report.LOSS:
                 (points,) = curves[network, "test_error"].values()

@@ -52,28 +52,31 @@ def world_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
+SCRIPT = cifar_train  # what `flags` and `start` run; test_imagenet.py has its own
+
+
 @pytest.fixture
-def flags(monkeypatch):
+def flags(monkeypatch, request):
     """The resolved flags of a command line."""
 
-    def parse(*words):
-        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
-        return cifar_train.parse_flags()
+    def parse(*words, script=request.module.SCRIPT):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        return script.parse_flags()
 
     return parse
 
 
 @pytest.fixture
-def start(monkeypatch, capsys, tmp_path):
-    """Run cifar_train.py in this process. Returns the exit status and what it printed."""
+def start(monkeypatch, capsys, tmp_path, request):
+    """Run the script in this process. Returns the exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", [f"{request.module.SCRIPT.__name__}.py", *map(str, words)])
         try:
-            status = cifar_train.main()
+            status = request.module.SCRIPT.main()
         except SystemExit as error:
             status = error.code
         if dist.is_initialized():
@@ -709,6 +712,7 @@ def test_every_row_is_a_command_that_parses(flags):
     lines = listed(SEEDS="1") + listed("110-preact")
     names = [line.split()[0] for line in lines]
     assert len(set(names)) == len(names) - 1
+    lines = [line for line in lines if not line.startswith("imagenet")]  # those: test_imagenet.py
     for line in lines:
         name, paper, *command = line.split()
         assert command[:2] == ["python", "cifar_train.py"] and "--unit" in command and "--depth" in command
@@ -736,16 +740,17 @@ def test_every_row_is_a_command_that_parses(flags):
 
 
 def test_rows_of_the_tables():
-    one = {tag: listed(tag, SEEDS="1") for tag in "2-table1 2-table2 2-table3 2-table4 1-table6 1-fig6 short".split()}
-    assert {tag: len(lines) for tag, lines in one.items()} == {
-        "2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16
-    }  # fmt: skip
+    rows = {"2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16}
+    rows |= {"1-table2": 4, "1-table3": 7, "1-table4": 5, "1-table5": 1, "2-table5": 5, "2-section5": 7}
+    one = {tag: listed(tag, SEEDS="1") for tag in rows}
+    assert {tag: len(lines) for tag, lines in one.items()} == rows
     everything = listed(SEEDS="1")
     assert set(everything) == set().union(*one.values())
     figures = {line.split()[0]: line.split()[1] for line in everything}
     assert figures["cifar10/110-exclusive-gating-6/seed1"] == "8.70" and figures["cifar10/1001-preact/seed1"] == "4.92"
     biases = [line for line in one["2-table1"] if "exclusive" in line]
     assert {int(re.search(r"gate_bias=(-?\d+)", line)[1]) for line in biases} == set(range(-10, 1))
+    assert len(listed("2-table5")) == 6 and len(listed("imagenet", SEEDS="1 2")) == 2 * 19 + 1  # one ensemble of both
     assert len(listed("cifar10/164-preact", SEEDS="1")) == 1 and len(listed("cifar10/164-preact")) == 5
     assert len(listed("cifar10/56")) == 2  # ResNet-56 and plain-56, one run each as in [1]
     assert run_all("no-such-row", LIST="1")[0] == 2 and run_all("164", "typo", LIST="1")[0] == 2

@@ -1,0 +1,731 @@
+"""What imagenet_train.py and data.py's ImageNet half do: views against second implementations, exact evaluation,
+equality over processes, interrupted runs, bad input. No test looks at a clock."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import checkpoint
+import data
+import imagenet_train
+import models
+import units
+from test_training import (  # noqa: F401 (fixtures)
+    flags,
+    listed,
+    one_process,
+    pictures,
+    start,
+    start_workers,
+    world_of_one,
+)
+
+HERE = pathlib.Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"
+SCRIPT = imagenet_train  # what `flags` and `start` run
+
+TINY = "--dataset synthetic --images 20 --depth 18 --crop 32 --batch-size 8 --micro-batch 4 --epochs 2 --workers 0 "
+TINY = [*TINY.split(), "--device", "cpu"]  # 5 iterations, a row after 2 (rounded) and 5
+
+
+def photograph(width=500, height=375, seed=0):
+    """Smooth colours with some noise: like a photograph to JPEG and to a scaling."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    return Image.fromarray((np.array(coarse) // 2 + rng.integers(0, 32, (height, width, 3))).astype(np.uint8))
+
+
+def stored(image, path, **more):
+    image.save(path, **more)
+    return Image.open(path)
+
+
+def near(ours, theirs, levels=2):
+    """Equal up to so many grey levels: where a second implementation rounds elsewhere."""
+    ours, theirs = (torch.as_tensor(np.array(pixels)).int() for pixels in (ours, theirs))
+    return ours.shape == theirs.shape and (ours - theirs).abs().max() <= levels
+
+
+# Nets
+
+
+def copied(ours, theirs):
+    """Our net with the weights of torchvision's, whose layers stand in the same order."""
+    weights = [value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")]
+    state = ours.state_dict()
+    state.update(zip(state, weights, strict=True))
+    ours.load_state_dict(state)
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize("depth", (18, 34, 50))
+def test_nets_equal_torchvisions(depth):
+    """ResNet-18 and -34, option B; the bottleneck nets when the one known difference, the stride's place, is moved."""
+    import torchvision
+
+    unit = units.Basic if depth < 50 else units.Bottleneck
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, f"resnet{depth}")()
+    for layer in theirs.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean, std=0.1)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.0)
+    ours, theirs = copied(models.imagenet_resnet(depth, unit), theirs)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        expected = theirs(x)
+        if depth == 50:
+            assert (ours(x) - expected).abs().max() > 1e-2
+            for stage in list(ours.stages)[1:]:
+                assert (stage[0].conv1.stride, stage[0].conv2.stride) == ((2, 2), (1, 1))
+                stage[0].conv1.stride, stage[0].conv2.stride = (1, 1), (2, 2)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_net_of_a_depth(flags):  # noqa: F811
+    for depth, name in ((18, "basic"), (34, "basic"), (50, "bottleneck"), (101, "bottleneck"), (200, "bottleneck")):
+        args = flags("--depth", depth)
+        assert args.unit == name and args.unit_args == {"option": "B"}
+        assert flags("--depth", depth, "--preact").unit == name + "-preact"
+    assert flags("--depth", 34, "--unit-arg", "option=A").unit_args == {"option": "A"}
+    args = flags("--depth", 101, "--unit", "bottleneck-exclusive-gating", "--unit-arg", "gate_bias=-7")
+    assert args.unit_args == {"option": "B", "gate_bias": -7.0}
+    assert flags("--depth", 18, "--unit", "basic-plain").unit_args == {}
+
+
+def test_learning_rate(flags):  # noqa: F811
+    args = flags()
+    assert (args.batch_size, args.micro_batch, args.lr, args.epochs) == (256, 32, 0.1, 90)
+    args.iterations = round(90 * 1_281_167 / 256)
+    drop = round(30 * 1_281_167 / 256)
+    points = (0, drop - 1, drop, 2 * drop, args.iterations - 1)
+    assert [imagenet_train.lr_at(t, args) for t in points] == [0.1, 0.1, 0.01, 0.001, 0.001]
+
+
+# Reading and training views
+
+
+def test_decoding(tmp_path, monkeypatch):
+    """The bits of PIL's own decoder for every mode and format, and at a reduced size where the crop allows it."""
+    for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("colour.JPEG", "RGB"), ("named.png.jpeg", "RGB")):
+        kind = "PNG" if "png" in name else "JPEG"
+        image = stored(photograph().convert(mode), tmp_path / name, format=kind)
+        expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB")))
+        assert torch.equal(data.decode(image, 1), expected) and expected.dtype == torch.uint8
+        with monkeypatch.context() as patch:  # without torchvision's decoder
+            patch.setattr(data, "jpeg_decoder", lambda: None)
+            assert torch.equal(data.decode(Image.open(tmp_path / name), 1), expected)
+    for ratio, size in ((1.9, (375, 500)), (2, (188, 250)), (3.9, (188, 250)), (4, (94, 125)), (8.5, (47, 63))):
+        image = Image.open(tmp_path / "colour.JPEG")
+        assert data.decode(image, ratio).shape == (*size, 3), ratio
+    small = data.scaled(Image.open(tmp_path / "colour.JPEG"), 64)[0]  # from a quarter of the size
+    whole = Image.open(tmp_path / "colour.JPEG").convert("RGB").resize((85, 64), Image.BICUBIC)
+    assert small.shape == (64, 85, 3) and (small.float() - torch.from_numpy(np.array(whole)).float()).abs().mean() < 2
+
+
+def test_scale_is_scale_then_crop():
+    """[1] Section 3.4, against PIL; the draws cover their ranges to the ends."""
+    image, shorts = photograph(), set()
+    for seed in range(40):
+        view = data.scale(image, 224, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        short = int(rng.integers(256, 481))
+        shorts.add(short)
+        resized = image.resize((round(500 * short / 375), short), Image.BICUBIC)
+        top, left = int(rng.integers(0, short - 224 + 1)), int(rng.integers(0, resized.width - 224 + 1))
+        assert near(view, resized.crop((left, top, left + 224, top + 224))), seed
+    assert 256 <= min(shorts) < 270 and 465 < max(shorts) <= 480
+    tall = data.scale(photograph(100, 300), 64, np.random.default_rng(0))
+    assert tall.shape == (64, 64, 3)
+
+
+def test_scale_aspect_is_the_torch_codes():
+    """fb.resnet.torch's RandomSizedCrop written again from paper.md, crop by PIL; and its fall-back."""
+    image = photograph()
+    for seed in range(40):
+        view = data.scale_aspect(image, 112, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        while True:
+            area, aspect = rng.uniform(0.08, 1.0) * 375 * 500, rng.uniform(3 / 4, 4 / 3)
+            width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if rng.random() < 0.5:
+                width, height = height, width
+            if width <= 500 and height <= 375:
+                break
+        left, top = rng.integers(0, 500 - width + 1), rng.integers(0, 375 - height + 1)
+        expected = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.BICUBIC)
+        assert near(view, expected), seed
+
+    class Widest(np.random.Generator):
+        """The whole area each time, which no shape but the image's own can have."""
+
+        def uniform(self, low, high):
+            return high
+
+    long = photograph(400, 100)
+    fallback = data.scale_aspect(long, 64, Widest(np.random.PCG64(0)))
+    assert near(fallback, long.resize((256, 64), Image.BICUBIC).crop((96, 0, 160, 64)))
+
+
+def test_a_view_is_a_pure_function_of_seed_epoch_and_index():
+    image = photograph()
+
+    def views(**more):
+        words = {"epoch": 1, "index": 2, "augment": "scale", "crop": 32, "seed": 3} | more
+        return data.augmented(image, **words)
+
+    pixels, draws = views()
+    assert pixels.shape == (32, 32, 3) and draws.shape == (3,)
+    again = views()
+    assert torch.equal(pixels, again[0]) and torch.equal(draws, again[1])
+    for other in ({"epoch": 2}, {"index": 3}, {"seed": 4}):
+        assert not torch.equal(draws, views(**other)[1])
+    rng = np.random.default_rng((3, 1, 3))
+    plain = data.scale(image, 32, rng)
+    assert torch.equal(draws, torch.from_numpy(rng.normal(0, 0.1, 3)).float())
+    flips = 0
+    for index in range(60):
+        rng = np.random.default_rng((3, 1, 1 + index))
+        plain, view = data.scale(image, 32, rng), views(index=index)[0]
+        assert torch.equal(view, plain) or torch.equal(view, plain.flip(1))
+        flips += torch.equal(view, plain.flip(1))
+    assert 15 < flips < 45
+    draws = torch.stack([views(index=i, augment="scale-aspect")[1] for i in range(200)])
+    assert draws.shape == (200, 9) and 0.6 <= draws[:, 3:6].min() < 0.63 and 1.37 < draws[:, 3:6].max() <= 1.4
+    assert len({tuple(order.tolist()) for order in draws[:, 6:]}) == 6 and 0.08 < draws[:, :3].std() < 0.12
+
+
+def test_colours_are_the_torch_codes():
+    """ColorJitter, Lighting and ColorNormalize of fb.resnet.torch, image by image and step by step."""
+    pixels = torch.from_numpy(np.stack([np.array(photograph(40, 30, seed)) for seed in range(12)]))
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(3) for _ in range(12)]
+    draws = np.stack([np.concatenate([rng.normal(0, 0.1, 3), rng.uniform(0.6, 1.4, 3), order]) for order in orders])
+    ours = data.normalise(pixels, torch.from_numpy(draws).double())
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    vectors = np.array([(-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203)])
+    values, mean, std = (0.2175, 0.0188, 0.0045), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for i, order in enumerate(orders):
+        x = pixels[i].permute(2, 0, 1).double() / 255
+        for kind in order:
+            grey = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
+            other = [torch.zeros_like(x), torch.full_like(x, grey.mean()), grey][kind]
+            x = x * draws[i, 3 + kind] + other * (1 - draws[i, 3 + kind])
+        for c in range(3):
+            x[c] += sum(vectors[c][j] * draws[i, j] * values[j] for j in range(3))
+            x[c] = (x[c] - mean[c]) / std[c]
+        torch.testing.assert_close(ours[i].double(), x, rtol=0, atol=1e-4)
+    lighting = data.normalise(pixels, torch.from_numpy(draws[:, :3]).double())
+    unlit = data.normalise(pixels)
+    shift = torch.from_numpy(draws[:, :3] * values @ vectors.T / std)
+    torch.testing.assert_close((lighting - unlit).double().mean(dim=(2, 3)), shift, rtol=0, atol=1e-4)
+    assert abs(unlit[0, 0, 0, 0].item() - (pixels[0, 0, 0, 0].item() / 255 - 0.485) / 0.229) < 1e-5
+
+
+def test_batches_are_one_endless_stream():
+    """Of every process its own micro-batches; from any iteration on; each epoch's images once."""
+    stream = [(e, int(i)) for e in range(9) for i in np.random.default_rng((5, e)).permutation(10)]
+    for world in (1, 2, 4):
+        for begin in (0, 3):
+            got = {}
+            for rank in range(world):
+                mine = range(rank * 4 // world, (rank + 1) * 4 // world)
+                batches = data.image_batches(5, 10, 12, 3, mine, begin)
+                for iteration in range(begin, 7):
+                    for part in mine:
+                        got[iteration, part] = next(batches)
+            assert sum([got[key] for key in sorted(got)], []) == stream[begin * 12 : 7 * 12]
+
+
+@pytest.mark.skipif(not (SHARED / "imagenet-sizes").exists(), reason="the pictures do not lie beside the project")
+@pytest.mark.parametrize("crop", (224, 64))
+def test_every_size_of_image_passes(crop):
+    """80 x 60 to 1024 x 768, one greyscale: every augmentation and every protocol."""
+    images = data.ImageFiles(SHARED / "imagenet-sizes")
+    assert len(images) == 50
+    for index in range(len(images)):
+        for augment in data.AUGMENT:
+            with images.open(index) as image:
+                pixels, _ = data.augmented(image, 0, index, augment, crop, 1)
+            assert pixels.shape == (crop, crop, 3) and pixels.dtype == torch.uint8
+        for protocol, count in (("1-crop", 1), ("1-crop-320", 1), ("10-crop", 10), ("multi-scale", 10)):
+            with images.open(index) as image:
+                width, height = image.size
+                views = data.test_views(image, index, protocol, crop)
+            side = round(320 * crop / 224) if protocol == "1-crop-320" else crop
+            assert len(views) == count
+            if protocol != "multi-scale":
+                assert {view.shape for view in views} == {(side, side, 3)}
+            else:
+                assert [min(view.shape[:2]) for view in views[::2]] == [
+                    round(s * crop / 224) for s in (224, 256, 384, 480, 640)
+                ]
+                for view in views:
+                    assert abs(view.shape[1] / view.shape[0] - width / height) < 0.03 * width / height
+
+
+def test_the_views_of_the_protocols():
+    image = photograph()
+    whole = {
+        short: np.array(image.resize((round(500 * short / 375), short), Image.BICUBIC))
+        for short in (224, 256, 320, 384, 480, 640)
+    }
+    (view,) = data.test_views(image, 0, "1-crop", 224)
+    assert near(view, whole[256][16:240, 58:282])  # 341 wide: (341 - 224) // 2
+    (view,) = data.test_views(image, 0, "1-crop-320", 224)
+    assert near(view, whole[320][:, 53:373])
+    views = data.test_views(image, 0, "10-crop", 224)
+    corners = [(0, 0), (0, 117), (32, 0), (32, 117), (16, 58)]
+    for view, flipped, (top, left) in zip(views[:5], views[5:], corners, strict=True):
+        expected = whole[256][top : top + 224, left : left + 224]
+        assert near(view, expected) and near(flipped, expected[:, ::-1].copy())
+    views = data.test_views(image, 0, "multi-scale", 224)
+    for view, flipped, short in zip(views[::2], views[1::2], (224, 256, 384, 480, 640), strict=True):
+        assert near(view, whole[short]) and near(flipped, whole[short][:, ::-1].copy())
+
+
+def test_synthetic_images_are_learnable_and_the_same_at_every_call():
+    train, val = data.load_imagenet("synthetic", None, 200)
+    assert len(train) == 200 and len(val) == 40 and train.classes == val.classes and len(val.classes) == 10
+    stack = [torch.stack([torch.from_numpy(np.array(s.open(i))) for i in range(len(s))]).float() for s in (train, val)]
+    again = data.load_imagenet("synthetic", None, 200)[0].open(7)
+    assert torch.equal(stack[0][7], torch.from_numpy(np.array(again)).float())
+    means = torch.stack([stack[0][train.labels == c].mean(dim=0).flatten() for c in range(10)])
+    nearest = torch.cdist(stack[1].flatten(1), means).argmin(dim=1)
+    assert (nearest.numpy() == val.labels).mean() > 0.9
+
+
+# Evaluation
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A data folder: 3 classes with 5 images each to train on and 4 to validate, of several sizes and one grey."""
+    for part, count in (("train", 5), ("val", 4)):
+        for c in range(3):
+            folder = tmp_path / "data" / part / f"n{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = photograph(60 + 20 * i, 50 + 17 * c, seed=100 * c + i)
+                (image.convert("L") if i == 2 else image).save(folder / f"{i}.JPEG", quality=95)
+    return tmp_path / "data"
+
+
+def naive_errors(nets, root, crop, shorts, cut):
+    """Top-1 and top-5 error (%) image by image and view by view, all by PIL: the counts of a second implementation."""
+    wrong, n = [0, 0], 0
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for label, folder in enumerate(sorted((root / "val").iterdir())):
+        for path in sorted(folder.iterdir()):
+            image, scores = Image.open(path).convert("RGB"), 0
+            for short in shorts:
+                scale = round(short * crop / 224) / min(image.size)
+                size = [max(round(short * crop / 224), round(side * scale)) for side in image.size]
+                for view in cut(image.resize(size, Image.BICUBIC)):
+                    x = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - mean) / std
+                    for net in nets:
+                        scores = scores + net.eval()(x[None])[0].softmax(0)
+            order = scores.argsort(descending=True).tolist()
+            wrong[0] += order[0] != label
+            wrong[1] += label not in order[:5]
+            n += 1
+    return [100 * w / n for w in wrong]
+
+
+def flip(image):
+    return image.transpose(Image.FLIP_LEFT_RIGHT)
+
+
+def trained(start, folders, crop):  # noqa: F811
+    """Two runs of a few steps on the folders."""
+    for seed in (1, 2):
+        words = ["--data", folders, "--depth", 18, "--crop", crop, "--batch-size", 6, "--micro-batch", 3, "--epochs", 3]
+        status, printed = start(*words, "--seed", seed, "--device", "cpu", "--workers", 0, "--out", f"run{seed}")
+        assert status == 0, printed
+    return [pathlib.Path("run1"), pathlib.Path("run2")]
+
+
+def test_evaluation_equals_a_naive_one(start, folders):  # noqa: F811
+    runs = trained(start, folders, 48)
+    nets = []
+    for run in runs:
+        net = models.imagenet_resnet(18, units.Basic, 3)
+        net.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
+        nets.append(net.double().float())
+
+    def ten(image):
+        w, h = image.size
+        places = [(0, 0), (w - 48, 0), (0, h - 48), (w - 48, h - 48), ((w - 48) // 2, (h - 48) // 2)]
+        crops = [image.crop((x, y, x + 48, y + 48)) for x, y in places]
+        return crops + [flip(crop) for crop in crops]
+
+    def centre(size):
+        return lambda image: [
+            image.crop((x := (image.width - size) // 2, y := (image.height - size) // 2, x + size, y + size))
+        ]
+
+    protocols = {
+        "1-crop": ([256], centre(48)),
+        "1-crop-320": ([320], centre(69)),
+        "10-crop": ([256], ten),
+        "multi-scale": ([224, 256, 384, 480, 640], lambda image: [image, flip(image)]),
+    }
+    status, printed = start("--evaluate", *runs, "--test", ",".join(protocols), "--out", "both", "--device", "cpu")
+    assert status == 0, printed
+    result = json.loads(pathlib.Path("both/result.json").read_text())
+    for protocol, how in protocols.items():
+        with torch.inference_mode():
+            expected = naive_errors(nets, folders, 48, *how)
+        for found in (result[protocol], json.loads(pathlib.Path(f"both/{protocol}.json").read_text())):
+            assert [found["top1"], found["top5"]] == expected and found["images"] == 12, protocol
+        assert f"both: {protocol} top-1 error {expected[0]:.2f} %, top-5 {expected[1]:.2f} %" in printed
+    assert result["runs"] == ["run1", "run2"]
+    # one run: into its own folder, the same counts as its last row, whatever the size of the batches
+    last = list(csv.DictReader(open("run1/log.csv")))[-1]
+    for size in (1, 7, 32):
+        status, printed = start("--evaluate", "run1", "--batch-size", size, "--workers", size % 3, "--device", "cpu")
+        assert status == 0 and "run1: 1-crop top-1 error" in printed
+        found = json.loads(pathlib.Path("run1/1-crop.json").read_text())
+        assert (found["top1"], found["top5"]) == (float(last["val_top1"]), float(last["val_top5"]))
+
+
+def test_counts_do_not_depend_on_processes(start, folders):  # noqa: F811
+    """12 images on 2 processes and 7 at a time: the last batch of each is smaller than the others."""
+    (run, _) = trained(start, folders, 32)
+    words = ["imagenet_train.py", "--evaluate", run.resolve(), "--device", "cpu", "--workers", 0]
+    words += ["--test", ",".join(data.PROTOCOLS)]
+    found = {}
+    for world, size in ((1, 32), (2, 7), (3, 1)):
+        assert start_workers(world, *words, "--batch-size", size) == [0] * world
+        found[world, size] = [json.loads((run / f"{name}.json").read_text()) for name in data.PROTOCOLS]
+    assert all(numbers == found[1, 32] for numbers in found.values())
+
+
+def test_recomputed_bn_is_the_true_average(flags, world_of_one):  # noqa: F811
+    """Over the stream that goes on after training; of the first layer for several batches, of all for one."""
+    args = flags(*TINY)
+    args.iterations = 5
+    images = data.load_imagenet("synthetic", None, 20)[0]
+    stop, device = checkpoint.Stop(), torch.device("cpu")
+    torch.manual_seed(0)
+    net = models.imagenet_resnet(18, units.Basic, 10)
+    stream = data.image_batches(args.seed, 20, 4, 4, range(1), 5)
+    batches = []
+    for keys in (next(stream) for _ in range(3)):
+        views = [data.augmented(images.open(i), epoch, i, "scale", 32, args.seed) for epoch, i in keys]
+        batches.append(data.normalise(torch.stack([v for v, _ in views]), torch.stack([d for _, d in views])))
+    imagenet_train.recompute_bn(net, images, 12, args, device, stop)
+    with torch.inference_mode():
+        y = torch.cat([net.stem[0](x) for x in batches]).double()
+    torch.testing.assert_close(net.stem[1].running_mean.double(), y.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-6)
+    variance = y.var(dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(net.stem[1].running_var.double(), variance, rtol=1e-5, atol=1e-6)
+    imagenet_train.recompute_bn(net, images, 4, args, device, stop)
+    outputs = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda layer, x, name=name: outputs.update({name: x[0]}))
+    with torch.no_grad():
+        net.train()(batches[0])
+    statistics = dict(net.state_dict())
+    imagenet_train.recompute_bn(net, images, 4, args, device, stop)
+    statistics = net.state_dict()
+    assert len(outputs) == 20
+    for name, x in outputs.items():
+        torch.testing.assert_close(statistics[f"{name}.running_mean"], x.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-4)
+        variance = x.var(dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(statistics[f"{name}.running_var"], variance, rtol=1e-3, atol=1e-4)
+
+
+def test_the_papers_figures_stand_beside_ours(flags):  # noqa: F811
+    def figures(protocol, *words):
+        return imagenet_train.papers_figures(flags(*words), protocol)
+
+    assert figures("10-crop", "--depth", 50) == " (the paper, all of ImageNet: 22.85, 6.71)"
+    assert figures("multi-scale", "--depth", 152) == " (the paper, all of ImageNet: 19.38, 4.49)"
+    assert figures("1-crop", "--depth", 152).endswith("23.0, 6.7)")
+    assert figures("1-crop-320", "--depth", 200, "--preact").endswith("20.7, 5.3)")
+    assert figures("1-crop-320", "--depth", 200, "--preact", "--augment", "scale-aspect").endswith("20.1, 4.8)")
+    assert figures("10-crop", "--depth", 18, "--unit-arg", "option=A").endswith(": 27.88)")
+    assert figures("10-crop", "--depth", 34, "--unit-arg", "option=C").endswith("24.19, 7.40)")
+    assert figures("10-crop", "--depth", 34, "--unit", "basic-plain").endswith("28.54, 10.02)")
+    assert figures("1-crop", "--depth", 101, "--unit", "bottleneck-bn-after-add").endswith("24.6, 7.5)")
+    assert figures("10-crop", "--depth", 18) == ""
+
+
+# Training
+
+
+def twenty_steps(path):
+    """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes. (With --crop 32 BN
+    would see 2 values in the last stage, and multiply what rounding leaves.)"""
+    words = "--dataset synthetic --images 37 --depth 18 --crop 40 --batch-size 8 --micro-batch 2 --epochs 4 --workers 0"
+    sys.argv = ["imagenet_train.py", *words.split(), "--lr", "0.05", "--augment", "scale-aspect", "--out", str(path)]
+    args = imagenet_train.parse_flags()
+    sets = data.load_imagenet("synthetic", None, args.images)
+    args.iterations = 20
+    torch.manual_seed(0)
+    net = models.imagenet_resnet(18, units.BasicPreAct, 10).double().to(memory_format=torch.channels_last)
+    net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
+    run = type("Folder", (), {"log": lambda self, rows: None, "save": lambda self, state: None})()
+    result = imagenet_train.train(args, net, sets, None, run, checkpoint.Stop(), torch.device("cpu"))
+    torch.save({"net": net.state_dict(), "result": [result[k] for k in ("train_loss", "val_top1", "val_top5")]}, path)
+
+
+def test_one_two_and_four_processes_agree(tmp_path, world_of_one):  # noqa: F811
+    twenty_steps(tmp_path / "1-0")
+    one = torch.load(tmp_path / "1-0")
+    assert any("running_var" in name for name in one["net"]) and one["net"]["fc.weight"].dtype == torch.float64
+    for world in (2, 4):
+        assert start_workers(world, __file__, tmp_path) == [0] * world
+        others = [torch.load(tmp_path / f"{world}-{rank}") for rank in range(world)]
+        for name, value in one["net"].items():
+            torch.testing.assert_close(others[0]["net"][name], value, rtol=0, atol=1e-9)
+            assert all(torch.equal(other["net"][name], others[0]["net"][name]) for other in others), name
+        assert all(other["result"] == one["result"] for other in others)
+
+
+def content(run):
+    """All that a run leaves but clocks and memory."""
+    state = checkpoint.load(run)
+    result = json.loads((run / "result.json").read_text())
+    log = [line.rpartition(",")[0] for line in (run / "log.csv").read_text().splitlines()]
+    state = {f"{part}.{name}": value for part in ("model",) for name, value in state[part].items()}
+    momentum = checkpoint.load(run)["optimizer"]["state"]
+    state |= {f"momentum.{i}": value["momentum_buffer"] for i, value in momentum.items()}
+    return state, {k: v for k, v in result.items() if k not in ("seconds", "peak_memory")}, log
+
+
+def same(run, other):
+    (state, *rest), (state2, *rest2) = content(pathlib.Path(run)), content(pathlib.Path(other))
+    return rest == rest2 and state.keys() == state2.keys() and all(torch.equal(state[k], state2[k]) for k in state)
+
+
+def test_a_run_and_its_folder(start, monkeypatch):  # noqa: F811
+    status, printed = start(*TINY, "--out", "run", "--test", "10-crop,multi-scale")
+    assert status == 0, printed
+    rows = list(csv.DictReader(open("run/log.csv")))
+    header = ["iteration", "epoch", "lr", "train_loss", "train_error", "val_top1", "val_top5", "seconds"]
+    assert list(rows[0]) == header and [row["iteration"] for row in rows] == ["2", "5"]
+    assert [row["lr"] for row in rows] == ["0.1", "0.001"]
+    result, config = (json.loads(pathlib.Path(f"run/{name}.json").read_text()) for name in ("result", "config"))
+    assert (result["val_top1"], result["val_top5"]) == (float(rows[1]["val_top1"]), float(rows[1]["val_top5"]))
+    assert result["parameters"] == 11_689_512 - 990 * 513 and result["iterations"] == 5 and result["depth"] == 18
+    assert result["unit_args"] == {"option": "B"} and result["dataset"] == "synthetic" and not result["diverged"]
+    assert (config["images"], config["classes"], config["micro_batch"]) == (20, 10, 4)
+    assert not {"test", "evaluate", "recompute_bn"} & config.keys()
+    for protocol in ("10-crop", "multi-scale"):
+        assert json.loads(pathlib.Path(f"run/{protocol}.json").read_text())["images"] == 4
+        assert f"run: {protocol} top-1 error" in printed
+    status, again = start(*TINY, "--out", "run", "--workers", 1, "--test", "1-crop,10-crop")
+    assert status == 0 and "already finished" in again and "10-crop" not in again  # of the tests only what lacked
+    found = json.loads(pathlib.Path("run/1-crop.json").read_text())
+    assert (found["top1"], found["top5"]) == (result["val_top1"], result["val_top5"])
+    status, again = start(*TINY, "--out", "run", "--lr", 0.2, "--images", 21)
+    assert status == 2 and "--lr is 0.1 there and 0.2 here" in again and "--images is 20 there and 21" in again
+
+
+@pytest.mark.parametrize("at", (1, 4, 5, 7, 9))
+def test_stopped_anywhere_it_continues_to_the_same_bits(start, monkeypatch, at):  # noqa: F811
+    """Within an epoch, in an evaluation, at the end; with another number of workers."""
+    words = [*TINY, "--unit", "basic-dropout-shortcut", "--checkpoint-seconds", 1000, "--test", "1-crop"]
+    assert start(*words, "--out", "whole")[0] == 0
+    check, calls = checkpoint.Stop.check, []
+
+    def stop(self, due=False):
+        calls.append(due)
+        if len(calls) == at:
+            raise checkpoint.Stopped(signal.SIGTERM)
+        return check(self, due)
+
+    monkeypatch.setattr(checkpoint.Stop, "check", stop)
+    status, printed = start(*words, "--out", "parts")
+    assert (status, not pathlib.Path("parts/result.json").exists()) == (143, True), printed
+    assert start(*words, "--out", "parts", "--workers", 2)[0] == 0 and same("whole", "parts")
+    assert len(calls) > at
+
+
+def test_waiting_for_data_is_said_with_both_rates(flags, world_of_one, monkeypatch, capsys):  # noqa: F811
+    clock = [0.0]
+    monkeypatch.setattr(imagenet_train.time, "monotonic", lambda: clock[0])
+    args = flags("--workers", 3)
+    for wait, warned in ((0.2, False), (0.5, True)):
+        waiting = imagenet_train.Waiting(args, torch.device("cpu"))
+        for _ in range(40):
+            with waiting:
+                clock[0] += wait
+            clock[0] += 1 - wait
+        assert waiting.share() == pytest.approx(wait)
+        printed = capsys.readouterr().out
+        assert printed.count("input-bound") == warned
+    assert re.search(r"delivers 2\d\d images/s, the net takes 5\d\d \(--workers is 3\)", printed)
+
+
+def test_a_corrupt_image_is_named_and_the_run_continues_once_it_is_mended(start, folders):  # noqa: F811
+    words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 3]
+    words += ["--device", "cpu", "--workers", 1, "--checkpoint-seconds", 1000]
+    assert start(*words, "--out", "whole")[0] == 0
+    order = np.random.default_rng((1, 0)).permutation(15)
+    broken = pathlib.Path(data.ImageFiles(folders / "train").name(order[9]))  # the third batch
+    content = broken.read_bytes()
+    for damage in (content[: len(content) // 2], b"", b"no picture"):
+        broken.write_bytes(damage)
+        status, printed = start(*words, "--out", "run")
+        assert status == 2 and str(broken) in printed and "whole copy" in printed and "Traceback" not in printed
+        assert checkpoint.load("run")["iteration"] == 2 and not pathlib.Path("run/result.json").exists()
+    broken.write_bytes(content)
+    assert start(*words, "--out", "run")[0] == 0 and same("whole", "run")
+    broken = folders / "val" / "n1" / "1.JPEG"
+    broken.write_bytes(b"")
+    status, printed = start("--evaluate", "run", "--device", "cpu", "--workers", 0)
+    assert status == 2 and str(broken) in printed and "Traceback" not in printed
+
+
+def test_two_processes_end_together_at_a_corrupt_image(folders, tmp_path):
+    order = np.random.default_rng((1, 0)).permutation(15)
+    broken = pathlib.Path(data.ImageFiles(folders / "train").name(order[7]))  # the second process's
+    broken.write_bytes(b"")
+    words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 3]
+    words += ["--device", "cpu", "--workers", 1, "--out", tmp_path / "run"]
+    assert start_workers(2, "imagenet_train.py", *words) == [2, 2]
+    assert checkpoint.load(tmp_path / "run")["iteration"] == 1
+
+
+def test_diverged_run_is_a_result(start):  # noqa: F811
+    status, printed = start(*TINY, "--lr", "1e30", "--out", "run", "--test", "10-crop")
+    assert status == 0 and "diverged" in printed
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert result["diverged"] is True and result["val_top1"] is None and not pathlib.Path("run/10-crop.json").exists()
+
+
+# Bad input
+
+
+def test_data_folders_that_are_not_imagenet(start, folders):  # noqa: F811
+    words = ["--data", folders, "--depth", 18, "--device", "cpu"]
+
+    def refused(*messages):
+        status, printed = start(*words)
+        assert status == 2 and "Traceback" not in printed and not os.path.exists("runs")
+        for message in messages:
+            assert message in printed
+
+    (folders / "train" / ".ipynb_checkpoints").mkdir()
+    refused(".ipynb_checkpoints", "without images has to go")
+    (folders / "train" / ".ipynb_checkpoints").rmdir()
+    (folders / "val" / "n9").mkdir()
+    refused("n9", "without images")
+    photograph(40, 40).save(folders / "val" / "n9" / "0.jpg")
+    refused("train and val differ in 1 classes: n9 is in val alone")
+    val = folders / "val"
+    val.rename(folders / "kept")
+    val.mkdir()
+    photograph(40, 40).save(val / "ILSVRC2012_val_00000001.JPEG")
+    refused(str(val), "README.md, ImageNet")
+    (val / "ILSVRC2012_val_00000001.JPEG").unlink()
+    val.rmdir()
+    refused(f"there is no folder {val}", "--dataset synthetic")
+    status, printed = start("--device", "cpu")
+    assert status == 2 and "there is no folder data/imagenet/train" in printed
+
+
+BAD = [
+    ("--depth 20", "depth 20 is impossible", "18, 34"),
+    ("--depth 50 --unit basic", "depth 50 is impossible", "18, 34"),
+    ("--test 5-crop", "there is no --test 5-crop", "1-crop, 1-crop-320, 10-crop, multi-scale"),
+    ("--evaluate a b", "needs a folder of its own: --out", ""),
+    ("--evaluate a b --out c", "there is no run in a, b", ""),
+    ("--recompute-bn 64", "--recompute-bn goes with --evaluate", ""),
+    ("--micro-batch 48", "--micro-batch 48 does not divide --batch-size 256", ""),
+    ("--crop 16", "--crop must be at least 32", ""),
+    ("--workers -1", "--workers must be at least 0", ""),
+    ("--epochs 0", "--epochs must be at least 1", ""),
+    ("--augment random", "--augment", "scale-aspect"),
+]
+
+
+@pytest.mark.parametrize("words, message, more", BAD)
+def test_bad_input(start, words, message, more):  # noqa: F811
+    status, printed = start("--device", "cpu", *words.split())
+    assert status == 2 and message in printed and more in printed and "Traceback" not in printed
+    assert os.listdir() == []
+
+
+def test_evaluation_of_what_does_not_fit(start, folders, tmp_path):  # noqa: F811
+    run, other = trained(start, folders, 32)
+    (folders / "train" / "n2").rename(folders / "train" / "n7")
+    (folders / "val" / "n2").rename(folders / "val" / "n7")
+    status, printed = start("--evaluate", run, "--device", "cpu")
+    assert status == 2 and "run1 is of 3 classes (n0 ... n2) and the images of 3 classes (n0 ... n7)" in printed
+    status, printed = start("--data", folders, *(word for word in TINY if word not in ("--dataset", "synthetic")))
+    (run / "checkpoint.pt").write_bytes(b"")
+    (run / "checkpoint.previous.pt").unlink(missing_ok=True)
+    for words in (["--evaluate", run], ["--evaluate", other, run, "--out", "both"]):
+        status, printed = start(*words, "--device", "cpu")
+        assert status == 2 and "no checkpoint can be read" in printed and "Traceback" not in printed
+    (run / "checkpoint.pt").unlink()
+    status, printed = start("--evaluate", run, "--device", "cpu")
+    assert status == 2 and "run1 holds no checkpoint" in printed
+
+
+def test_processes_that_do_not_fit(start, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, printed = start(*TINY)
+    assert status == 2 and "3 processes cannot share 2 micro-batches of 4 images" in printed
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, printed = start(*TINY)
+    assert status == 2 and "RANK" in printed and "not set" in printed
+
+
+# run_all.sh
+
+
+def test_every_row_is_a_command_that_parses(flags):  # noqa: F811
+    for line in listed("imagenet", SEEDS="1"):
+        name, paper, *command = line.split()
+        assert command[:2] == ["python", "imagenet_train.py"]
+        args = flags(*command[2:])
+        assert args.out == f"results/{name}"
+        if name.startswith("imagenet/ensemble"):
+            nets = "34-B/seed1 34-C/seed1 50/seed1 101/seed1 152/seed1 152/seed2".split()
+            assert args.evaluate == [f"results/imagenet/{net}" for net in nets] and args.test == ["multi-scale"]
+            continue
+        name = name.removesuffix("/seed1")
+        figures = [imagenet_train.papers_figures(args, protocol) for protocol in [*args.test, "1-crop"]]
+        assert paper == "-" or any(paper.replace(",", ", ") in figure for figure in figures), name
+        assert str(args.depth) == re.search(r"/(\d+)", name)[1] and args.preact == ("-preact" in name)
+        assert (args.augment == "scale-aspect") == ("scale-aspect" in name)
+    assert listed("152-preact", LAUNCH="torchrun --nproc_per_node=8")[0].split()[2:5] == [
+        "torchrun", "--nproc_per_node=8", "imagenet_train.py"
+    ]  # fmt: skip
+
+
+def test_an_ensemble_names_the_runs_that_it_lacks(tmp_path):
+    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
+    words = ["bash", "run_all.sh", "imagenet/ensemble"]
+    for folder in ("34-B", "34-C", "50", "101"):
+        (tmp_path / f"results/imagenet/{folder}/seed1").mkdir(parents=True)
+        (tmp_path / f"results/imagenet/{folder}/seed1/result.json").write_text("{}")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    waits = "imagenet/ensemble/seed1 waits for the runs that it averages: "
+    assert done.stdout == waits + "results/imagenet/152/seed1 results/imagenet/152/seed2\n"
+
+
+if __name__ == "__main__":
+    checkpoint.start_processes("cpu")
+    torch.set_num_threads(1)
+    twenty_steps(pathlib.Path(sys.argv[1], f"{dist.get_world_size()}-{dist.get_rank()}"))
+    dist.destroy_process_group()

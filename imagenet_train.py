@@ -51,8 +51,11 @@ def evaluate(nets, images, protocol, args, device, stop):
     right = torch.zeros(2, dtype=torch.int64, device=device)
     for net in nets:
         net.eval()
-    for groups, labels in load(images, view, data.test_batch, batches, args, device):
+    stream = load(images, view, data.test_batch, batches, args, device)
+    for _ in batches:
         stop.check()
+        with checkpoint.all_or_none():
+            groups, labels = next(stream)
         scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
         for pixels, which in groups:
             for part, rows in zip(pixels.split(size), which.split(size), strict=True):
@@ -213,7 +216,7 @@ class Waiting:
 
 
 @torch.inference_mode()
-def recompute_bn(net, images, n, args, device, stop):
+def recompute_bn(net, images, n, args, device):
     """BN's statistics as the true mean and variance over n training views, as the authors did before
     they published their nets ([1], github.com/KaimingHe/deep-residual-networks)."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -234,10 +237,10 @@ def recompute_bn(net, images, n, args, device, stop):
     stream = (batch for i, batch in zip(range(total), stream, strict=False) if i % world == rank)
     autocast = reduced(args.precision, device)
     net.train()
-    for pixels, draws, _ in load(images, view, data.train_batch, stream, args, device):
-        with autocast:
-            net(data.normalise(pixels.to(device), draws.to(device)))
-    stop.check()
+    with checkpoint.all_or_none():
+        for pixels, draws, _ in load(images, view, data.train_batch, stream, args, device):
+            with autocast:
+                net(data.normalise(pixels.to(device), draws.to(device)))
     for hook in hooks:
         hook.remove()
     for layer, moment in zip(layers, moments, strict=True):
@@ -384,7 +387,7 @@ def evaluate_runs(flags, device, stop):
     for other, net, _ in runs:
         other.workers, other.micro_batch = flags.workers, flags.batch_size or 32
         if flags.recompute_bn:
-            recompute_bn(net, train_images, flags.recompute_bn, other, device, stop)
+            recompute_bn(net, train_images, flags.recompute_bn, other, device)
     made = {"runs": flags.evaluate, "recompute_bn": flags.recompute_bn}
     found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made)
     if flags.out and dist.get_rank() == 0:

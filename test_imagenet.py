@@ -418,7 +418,7 @@ def test_recomputed_bn_is_the_true_average(flags, world_of_one):  # noqa: F811
     args = flags(*TINY)
     args.iterations = 5
     images = data.load_imagenet("synthetic", None, 20)[0]
-    stop, device = checkpoint.Stop(), torch.device("cpu")
+    device = torch.device("cpu")
     torch.manual_seed(0)
     net = models.imagenet_resnet(18, units.Basic, 10)
     stream = data.image_batches(args.seed, 20, 4, 4, range(1), 5)
@@ -426,13 +426,13 @@ def test_recomputed_bn_is_the_true_average(flags, world_of_one):  # noqa: F811
     for keys in (next(stream) for _ in range(3)):
         views = [data.augmented(images.open(i), epoch, i, "scale", 32, args.seed) for epoch, i in keys]
         batches.append(data.normalise(torch.stack([v for v, _ in views]), torch.stack([d for _, d in views])))
-    imagenet_train.recompute_bn(net, images, 12, args, device, stop)
+    imagenet_train.recompute_bn(net, images, 12, args, device)
     with torch.inference_mode():
         y = torch.cat([net.stem[0](x) for x in batches]).double()
     torch.testing.assert_close(net.stem[1].running_mean.double(), y.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-6)
     variance = y.var(dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(net.stem[1].running_var.double(), variance, rtol=1e-5, atol=1e-6)
-    imagenet_train.recompute_bn(net, images, 4, args, device, stop)
+    imagenet_train.recompute_bn(net, images, 4, args, device)
     outputs = {}
     for name, layer in net.named_modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -440,7 +440,7 @@ def test_recomputed_bn_is_the_true_average(flags, world_of_one):  # noqa: F811
     with torch.no_grad():
         net.train()(batches[0])
     statistics = dict(net.state_dict())
-    imagenet_train.recompute_bn(net, images, 4, args, device, stop)
+    imagenet_train.recompute_bn(net, images, 4, args, device)
     statistics = net.state_dict()
     assert len(outputs) == 20
     for name, x in outputs.items():
@@ -537,7 +537,7 @@ def test_a_run_and_its_folder(start, monkeypatch):  # noqa: F811
     assert status == 2 and "--lr is 0.1 there and 0.2 here" in again and "--images is 20 there and 21" in again
 
 
-@pytest.mark.parametrize("at", (1, 4, 5, 7, 9))
+@pytest.mark.parametrize("at", (1, 4, 5, 7, 8))
 def test_stopped_anywhere_it_continues_to_the_same_bits(start, monkeypatch, at):  # noqa: F811
     """Within an epoch, in an evaluation, at the end; with another number of workers."""
     words = [*TINY, "--unit", "basic-dropout-shortcut", "--checkpoint-seconds", 1000, "--test", "1-crop"]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import platform
 import select
 import shlex
@@ -184,13 +185,9 @@ def lost(error):
     caller = threading.Thread(target=call, daemon=True)  # without torchrun process 0 keeps the store, and may hang
     caller.start()
     caller.join(10 if hangs else 1)
-    missing = ", ".join(map(str, sorted(others - answered)))
-    print(
-        f"process {rank} lost process {missing}, which {'does not answer' if hangs else 'died'} "
-        f"({str(error).splitlines()[0]})",
-        file=sys.stderr,
-        flush=True,
-    )
+    missing = " or ".join(map(str, sorted(others - answered)))
+    how = "does not answer" if hangs else "died"
+    print(f"process {rank} lost process {missing}, which {how} ({error})", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -315,8 +312,10 @@ def read(path):
         if not isinstance(state, dict) or not isinstance(state.get("flags"), dict):
             raise ValueError("it holds no state of a run")
         return state
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values: it was not written by this code") from None
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {str(error).split(chr(10))[0]}") from None
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def environment(config):

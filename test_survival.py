@@ -6,6 +6,8 @@ The slow tests (-m slow) do that to real runs at random moments, and print one t
 import collections
 import concurrent.futures
 import contextlib
+import errno
+import hashlib
 import io
 import json
 import math
@@ -23,6 +25,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,9 +91,10 @@ def fork():
 
         def begin(out, micro=2, script="cifar_train", more=(), **variables):
             words = [*RUNS[script].format(micro=micro).split(), "--out", str(out), *more]
-            started.append(server.Process(target=be, args=(script, words, f"{out}.printed", variables)))
-            started[-1].start()
-            return started[-1]
+            process = server.Process(target=be, args=(script, words, f"{out}.printed", variables))
+            process.start()
+            started.append(process)
+            return process
 
         yield begin
         for process in started:
@@ -137,8 +141,15 @@ def equal(a, b):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(fork, tmp_path_factory):
-    return complete(fork, tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed_folder(fork, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    complete(fork, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_folder):
+    return content(undisturbed_folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,12 +183,14 @@ def disturb(fork, out, number, want, after, wait):
     time.sleep(wait)
     with contextlib.suppress(ProcessLookupError):  # it has finished
         os.kill(process.pid, number)
+        time.sleep(0.1)
+        os.kill(process.pid, number)  # torchrun and run_all.sh pass a Ctrl-C on to those that have had it
     process.join(timeout=20)  # the promise: 20 s
     return phase(out)[1], process.exitcode
 
 
 def moments(rng):
-    """A random moment of each kind for `disturb`. A run's phase changes 517 times: twice a save, twice an evaluation."""
+    """A random moment of each kind for `disturb`. A run's phase changes some 515 times: twice with every save."""
     return {
         "any": ("any", rng.randrange(510), rng.uniform(0, 0.05)),
         "starting": ("any", 0, rng.uniform(0, 0.5)),
@@ -210,6 +223,42 @@ def test_stopped_and_continued(fork, undisturbed, number, tmp_path):
     assert printed(out).count("the same command continues it") == (0 if number == signal.SIGKILL else 2)
 
 
+def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
+    """By a process whose peer does not come, at once; and, the second time, by one whose peer halts."""
+    alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for number in checkpoint.SIGNALS:
+        process, caught = fork(tmp_path / "alone", micro=1, **alone), 0
+        while not caught >> number - 1 & 1:
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        time.sleep(1)  # by now it waits
+        os.kill(process.pid, number)
+        process.join(timeout=10)
+        assert process.exitcode == 128 + number
+    workers, out = two_processes(fork, tmp_path / "run"), tmp_path / "run"
+    await_checkpoints(out, 5, workers[0].is_alive)
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    for _ in range(2):
+        time.sleep(1.5)
+        assert workers[0].is_alive()
+        os.kill(workers[0].pid, signal.SIGTERM)
+    workers[0].join(timeout=10)
+    assert workers[0].exitcode == 143 and 0 < checkpoint.load(out)["iteration"] < 256
+    assert "ended at once" in printed(out) and printed(tmp_path / "alone").count("ended at once") == 3
+
+
+def test_a_forked_child_does_not_listen(start):
+    """A loader's worker: what asks the run to stop must not end it, nor pass for a signal to its parent."""
+    assert start(*TINY.split(), "--out", "run")[0] == 0
+    stop = checkpoint.Stop()
+    child = os.fork()
+    if child == 0:
+        ignored = all(signal.getsignal(number) == signal.SIG_IGN for number in checkpoint.SIGNALS)
+        os._exit(0 if ignored and signal.set_wakeup_fd(-1) == -1 else 1)
+    assert os.waitpid(child, 0)[1] == 0 and stop.asked == 0
+    assert all(signal.getsignal(number) != signal.SIG_IGN for number in checkpoint.SIGNALS)
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments(fork, undisturbed, tmp_path, report):
     def one(i):
@@ -229,7 +278,7 @@ def test_stop_at_random_moments(fork, undisturbed, tmp_path, report):
         rng, out = random.Random(100 + i), tmp_path / str(i)
         kind = ("any", "any", "writing", "evaluating", "starting")[i % 5]
         now, status = disturb(fork, out, signal.SIGTERM, *moments(rng)[kind])
-        # Before the run listens the signal's own effect ends it, and before the first iteration there is nothing to save.
+        # Before the run listens the signal's own effect ends it; before its first iteration there is nothing to save.
         good = status in (-15, 143) if now == "starting" else status == 143 and "saved in" in printed(out)
         return good and equal(complete(fork, out), undisturbed), now
 
@@ -309,3 +358,316 @@ def test_a_process_that_dies_or_hangs_is_named(fork, tmp_path, report):
     workers[0].join(timeout=20)
     outcomes.append(workers[0].exitcode == 143)
     report("one of two processes killed or halted without torchrun", outcomes, "named; SIGTERM still heeded in 20 s")
+
+
+@pytest.fixture
+def world_of_one(monkeypatch, tmp_path):
+    """In this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path):
+    """Run cifar_train.py in this process. Returns the exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in checkpoint.SIGNALS}
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
+        try:
+            status = cifar_train.main()
+        except SystemExit as error:
+            status = error.code
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        read = capsys.readouterr()
+        return status, read.out + read.err
+
+    return run
+
+
+class Evil:
+    """Runs a function when it is unpickled by whoever lets it."""
+
+    def __init__(self, function, *words):
+        self.reduced = function, words
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def malicious(mark):
+    """Files that make `mark`, a path, when they are read carelessly."""
+    code = f"open({str(mark)!r}, 'w').close()"
+    evils = [Evil(os.system, f"touch '{mark}'"), Evil(eval, code), Evil(exec, code)]
+    for evil in [*evils, {"nested": [1, (2, {"deep": evils[0]})]}]:
+        yield pickle.dumps(evil)  # not even an archive
+        for state in (evil, {"schema": checkpoint.SCHEMA, "flags": {}, "iteration": 1, "model": evil}):
+            file = io.BytesIO()
+            torch.save(state, file)
+            yield file.getvalue()
+
+
+def outside(whole, mark):
+    """The archive with files more, whose names lead out of it."""
+    for name in ("../evil", "../../evil", str(mark), "archive/../../evil"):
+        file = io.BytesIO(whole)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr(name, b"evil")
+        yield file.getvalue()
+
+
+def damaged(whole, rng, places):
+    """The file cut off and with one bit flipped, each at random places; empty, zeroed, and with a zeroed block."""
+    for at in rng.sample(range(len(whole)), places):
+        yield whole[:at]
+    for at in rng.sample(range(len(whole)), places):
+        yield whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :]
+    yield from (b"", bytes(len(whole)))
+    at = len(whole) // 2
+    yield whole[:at] + bytes(4096) + whole[at + 4096 :]
+
+
+def read_all(folder, files):
+    """Put each file in the newest checkpoint's place, then in both. Returns what came of each."""
+    newest, previous = (folder / name for name in checkpoint.CHECKPOINTS)
+    before, outcomes = [path.read_bytes() for path in (newest, previous)], []
+    saved = [checkpoint.read(path) for path in (newest, previous)]
+    for file in files:
+        newest.write_bytes(file)
+        loaded = checkpoint.load(folder)
+        outcomes.append("equal" if equal(loaded, saved[0]) else "refused" if equal(loaded, saved[1]) else "DIFFERENT")
+        if outcomes[-1] == "refused":
+            previous.write_bytes(file)
+            with pytest.raises(ValueError, match="no checkpoint can be read"):
+                checkpoint.load(folder)
+            previous.write_bytes(before[1])
+    newest.write_bytes(before[0])
+    return outcomes
+
+
+def two_checkpoints(folder):
+    run = checkpoint.Run(folder, {})
+    for iteration in (1, 2):
+        run.save({"iteration": iteration, "model": {"w": torch.full((5000,), float(iteration))}})
+    return run
+
+
+def test_damaged_checkpoint_is_not_used(world_of_one, tmp_path):
+    """Falls back to the one before; with none readable it stops and starts nothing anew."""
+    assert checkpoint.load(tmp_path) is None
+    run = two_checkpoints(tmp_path)
+    newest = tmp_path / "checkpoint.pt"
+    whole = newest.read_bytes()
+    at = whole.index(torch.full((1,), 2.0).numpy().tobytes() * 8)  # within the weights
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    assert read_all(tmp_path, [flipped]) == ["refused"]
+    assert set(read_all(tmp_path, damaged(whole, random.Random(0), 3))) <= {"refused", "equal"}
+    newest.write_bytes(flipped)
+    run.whole = False  # a new sitting: what is damaged must not take the place of what is whole
+    run.save({"iteration": 3, "model": {}})
+    assert checkpoint.load(tmp_path)["iteration"] == 3
+    newest.write_bytes(b"")
+    assert checkpoint.load(tmp_path)["iteration"] == 1
+    newest.unlink()  # killed between the two renames
+    assert checkpoint.load(tmp_path)["iteration"] == 1
+
+
+def test_nothing_in_a_checkpoint_is_executed(world_of_one, tmp_path):
+    mark = tmp_path / "mark"
+    two_checkpoints(tmp_path)
+    assert set(read_all(tmp_path, malicious(mark))) == {"refused"} and not mark.exists()
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    assert set(read_all(tmp_path, outside(whole, mark))) <= {"refused", "equal"} and not mark.exists()
+    assert not list(tmp_path.parent.glob("**/evil"))
+    for file in malicious(mark):  # they do what they are said to do
+        with contextlib.suppress(RuntimeError):
+            torch.load(io.BytesIO(file), weights_only=False)
+        mark.unlink()
+
+
+def test_a_checkpoint_of_another_run_or_version(start, tmp_path):
+    """Refused by the names of what differs; never read, never replaced by a new beginning."""
+    words = [*TINY.split(), "--out", "run"]
+    assert start(*words)[0] == 0
+    newest, result = tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "result.json"
+    state = checkpoint.read(newest)
+    changes = {
+        "--lr is 0.3 there and 0.1 here": {"flags": state["flags"] | {"lr": 0.3}},
+        "is of schema 99, and this code reads schema 1": {"schema": 99},
+        "does not fit this code: RuntimeError": {"model": {"conv.weight": torch.zeros(1)}},
+        "does not fit this code: KeyError: 'optimizer'": {"optimizer": None},
+    }
+    for message, change in changes.items():
+        torch.save({k: v for k, v in (state | change).items() if v is not None}, newest)
+        before = newest.read_bytes()
+        result.unlink(missing_ok=True)
+        status, printed = start(*words)
+        assert status == 2 and message in printed and "Traceback" not in printed, printed
+        assert newest.read_bytes() == before and not result.exists()
+
+
+@pytest.mark.parametrize("error", (errno.ENOSPC, errno.EROFS, errno.EACCES))
+@pytest.mark.parametrize("function", ("fsync", "replace"))
+def test_what_cannot_be_written_ends_no_run(start, tmp_path, monkeypatch, error, function):
+    """From a random write on, or only for a while: the old checkpoint stays, and status 1 says it."""
+    rng = random.Random(f"{error} {function}")
+    assert start(*TINY.split(), "--out", "whole")[0] == 0
+    words, real = [*TINY.split(), "--out", "run"], getattr(os, function)
+    first, calls = rng.randrange(6, 16), []
+
+    def refuse(*words):
+        calls.append(words)
+        if first <= len(calls) < last:
+            raise OSError(error, os.strerror(error))
+        return real(*words)
+
+    for last in (math.inf, first + 3):
+        calls.clear()
+        shutil.rmtree("run", ignore_errors=True)
+        monkeypatch.setattr(os, function, refuse)
+        status, printed = start(*words)
+        monkeypatch.setattr(os, function, real)
+        assert status == 1 and f"run/checkpoint.pt could not be written ([Errno {error}]" in printed
+        assert printed.count("could not be written") <= 3  # once a file
+        finished = (tmp_path / "run" / "result.json").exists()
+        assert finished == (last < math.inf)
+        assert 0 < checkpoint.load("run")["iteration"] < 12 or finished
+        assert not list((tmp_path / "run").glob("*.tmp"))
+        status, printed = start(*words)
+        assert status == 0 and ("already finished" in printed) == finished
+        assert equal(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
+def poison(monkeypatch, what, moment):
+    """Make a number NaN in one iteration, of runs of one micro-batch."""
+    count = iter(range(10**6))
+
+    def loss(*words):
+        return cross_entropy(*words) * (math.nan if next(count) == moment else 1)
+
+    def augmented(*words):
+        images = augment(*words)
+        images[0, 0, 0, 0] += math.nan if next(count) == moment else 0
+        return images
+
+    def summed(values, *words, **more):  # the gradients of all processes
+        if values.numel() > 1000 and next(count) == moment:
+            values[values.numel() // 2] = math.nan
+        return all_reduce(values, *words, **more)
+
+    cross_entropy, augment, all_reduce = cifar_train.cross_entropy, cifar_train.data.augment, dist.all_reduce
+    places = {"loss": (cifar_train, "cross_entropy", loss), "input": (cifar_train.data, "augment", augmented)}
+    monkeypatch.setattr(*(places | {"gradient": (dist, "all_reduce", summed)})[what])
+
+
+def survives_nan(start, what, moment, out):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, what, moment)
+        status, printed = start(*TINY.split(), "--micro-batch", 2, "--out", out)
+    result, state = json.loads((out / "result.json").read_text()), checkpoint.load(out)
+    named = status == 0 and "finished: diverged" in printed and result["diverged"] and result["test_error"] is None
+    tensors = [*state["model"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]
+    good = state["iteration"] == moment and all(t.isfinite().all() for t in [*tensors, state["sums"]])
+    return named and good
+
+
+@pytest.mark.parametrize("what", ("loss", "gradient", "input"))
+def test_nan_is_a_result_and_never_saved(start, tmp_path, what):
+    assert survives_nan(start, what, 3, tmp_path / "run")
+
+
+# The slow rows
+
+
+@pytest.mark.slow
+def test_damage_at_random_places(undisturbed_folder, world_of_one, tmp_path, report):
+    shutil.copytree(undisturbed_folder, tmp_path / "run")
+    mark, whole = tmp_path / "mark", (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    outcomes = read_all(tmp_path / "run", damaged(whole, random.Random(0), 20))
+    report(
+        "newest checkpoint cut off, with a bit flipped, empty, zeroed",
+        (outcome != "DIFFERENT" for outcome in outcomes),
+        f"{tally(outcomes)}; 0 read as anything else",
+    )
+    outcomes = read_all(tmp_path / "run", [*malicious(mark), *outside(whole, mark)])
+    report(
+        "malicious checkpoint",
+        (outcome != "DIFFERENT" and not mark.exists() for outcome in outcomes),
+        f"{tally(outcomes)}; 0 executed, 0 written elsewhere",
+    )
+    assert not list(tmp_path.parent.glob("**/evil"))
+
+
+@pytest.mark.slow
+def test_nan_at_random_moments(start, tmp_path, report):
+    rng = random.Random(0)
+    kinds = ["loss", "gradient", "input"] * 4
+    outcomes = [survives_nan(start, kinds[i], rng.randrange(1, 12), tmp_path / str(i)) for i in range(10)]
+    report("NaN in loss, gradient or input", outcomes, "ended as diverged, the last good checkpoint stays")
+
+
+@pytest.mark.slow
+def test_data_at_random_places(start, tmp_path, monkeypatch, report):
+    """CIFAR-100's files in small, cut off, with a bit flipped, or missing while there is no network."""
+    from torchvision.datasets import CIFAR100, cifar
+
+    folder, rng = tmp_path / "data" / CIFAR100.base_folder, random.Random(0)
+    folder.mkdir(parents=True)
+    for name, n in (("train", 20), ("test", 10)):
+        pixels = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": list(range(n))}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *words, **more: open("/no network"))
+    words, outcomes = [*TINY.split(), "--dataset", "cifar100", "--data", tmp_path / "data", "--out"], []
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        for _ in range(5):
+            at = rng.randrange(len(whole))
+            for content in (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+                path.write_bytes(content)
+                status, printed = start(*words, "refused")
+                outcomes.append(status == 2 and f"{path} is damaged" in printed)
+        path.unlink()
+        status, printed = start(*words, "refused")
+        outcomes.append(status == 2 and f"there is no {path}" in printed)
+        path.write_bytes(whole)
+    assert start(*words, "good")[0] == 0 and not (tmp_path / "refused").exists()
+    report("CIFAR file cut off, with a bit flipped, missing", outcomes, "named, status 2, no run begun")
+
+
+@pytest.mark.slow
+def test_full_disk(fork, undisturbed, tmp_path, report):
+    """A real one: a small file system in a namespace of its own, with room for one checkpoint, or for two."""
+    script = """
+        mkdir disk && mount -t tmpfs -o size={size}k none disk || exit 99
+        {python} {here}/cifar_train.py {words} --out disk/run
+        status=$?
+        cp -r disk/run . && exit $status"""
+    outcomes, sizes = [], (700, 1000, 1500)
+    for size in sizes:
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        words = RUNS["cifar_train"].format(micro=2)
+        command = script.format(size=size, python=sys.executable, here=HERE, words=words)
+        with open(folder / "run.printed", "w") as file:
+            command = ["unshare", "--mount", "--map-root-user", "bash", "-c", command]
+            variables = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=variables, timeout=200)
+        if done.returncode == 99 or "unshare" in printed(folder / "run"):
+            pytest.skip(f"no file system can be made here: {printed(folder / 'run')}")
+        state = checkpoint.load(folder / "run")
+        good = done.returncode == 1 and "No space left on device" in printed(folder / "run") and state["iteration"] > 0
+        good &= not (folder / "run" / "result.json").exists()
+        outcomes.append(good and equal(complete(fork, folder / "run"), undisturbed))
+    report("disk full", outcomes, "status 1, the old checkpoint readable, continued elsewhere to the same bits")

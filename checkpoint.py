@@ -73,7 +73,7 @@ def start_processes(device, timeout=600):
 
 def fail(problem):
     """End with a message and exit status 2: bad input."""
-    if os.environ.get("RANK", "0") == "0":
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{pathlib.Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -223,12 +223,17 @@ def test_stopped_and_continued(fork, undisturbed, number, tmp_path):
     assert printed(out).count("the same command continues it") == (0 if number == signal.SIGKILL else 2)
 
 
+def test_every_iteration_is_saved(undisturbed_folder):
+    """With --checkpoint-seconds 0, evaluations or not: 256 and the end, two phases each, and 2 evaluations."""
+    assert phase(undisturbed_folder)[0] == 2 * 257 + 2
+
+
 def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
     """By a process whose peer does not come, at once; and, the second time, by one whose peer halts."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for number in checkpoint.SIGNALS:
         process, caught = fork(tmp_path / "alone", micro=1, **alone), 0
-        while not caught >> number - 1 & 1:
+        while not caught >> signal.SIGUSR1 - 1 & 1:  # it listens
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
             caught = int(status.partition("SigCgt:")[2].split()[0], 16)
         time.sleep(1)  # by now it waits
@@ -308,10 +313,13 @@ def await_checkpoints(out, count, alive):
 @pytest.mark.parametrize("script", RUNS)
 def test_kill_a_random_rank(fork, script, tmp_path, report):
     """torchrun starts both processes again, until the run ends as one that nobody disturbed."""
-    workers = two_processes(fork, tmp_path / "undisturbed", script=script)
-    for worker in workers:
-        worker.join(timeout=200)
-    undisturbed, outcomes, killed, rng = content(tmp_path / "undisturbed"), [], [], random.Random(0)
+
+    def complete_two(out):
+        for worker in two_processes(fork, out, script=script):
+            worker.join(timeout=200)
+        return content(out)
+
+    undisturbed, outcomes, killed, rng = complete_two(tmp_path / "undisturbed"), [], [], random.Random(0)
     for kills in (3, 2):
         out = tmp_path / str(kills)
         words = [*RUNS[script].format(micro=1).split(), "--out", str(out)]
@@ -334,6 +342,19 @@ def test_kill_a_random_rank(fork, script, tmp_path, report):
         good = status == 0 and equal(content(out), undisturbed)
         outcomes += [good] * kills
     report(f"`kill -9` of one of two processes of {script}.py, `torchrun --max-restarts 3`", outcomes, tally(killed))
+
+    outcomes = []
+    for rank in (0, 1):
+        out = tmp_path / f"stopped {rank}"
+        workers = two_processes(fork, out, script=script, more=("--checkpoint-seconds", "0.5"))
+        await_checkpoints(out, 1, workers[0].is_alive)
+        time.sleep(rng.uniform(0, 1))
+        os.kill(workers[rank].pid, signal.SIGTERM)
+        for worker in workers:
+            worker.join(timeout=20)
+        stopped = [worker.exitcode for worker in workers] == [143, 143] and printed(out).count("saved in") == 1
+        outcomes.append(stopped and equal(complete_two(out), undisturbed))
+    report(f"SIGTERM to one of two processes of {script}.py", outcomes, "both agree on the iteration and save it")
 
 
 @pytest.mark.slow

@@ -566,6 +566,24 @@ def test_what_cannot_be_written_ends_no_run(start, tmp_path, monkeypatch, error,
         assert equal(content(tmp_path / "run"), content(tmp_path / "whole"))
 
 
+def test_a_log_that_cannot_be_written(start, tmp_path, monkeypatch):
+    """The run is not finished before its log is on disk too."""
+    assert start(*TINY.split(), "--out", "whole")[0] == 0
+    words, write = [*TINY.split(), "--out", "run"], checkpoint.write
+
+    def refuse(path, *more):
+        if path.name == "log.csv":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *more)
+
+    monkeypatch.setattr(checkpoint, "write", refuse)
+    status, printed = start(*words)
+    assert status == 1 and "not finished: log.csv not written" in printed and not os.path.exists("run/result.json")
+    monkeypatch.setattr(checkpoint, "write", write)
+    assert start(*words)[0] == 0
+    assert equal(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
 def poison(monkeypatch, what, moment):
     """Make a number NaN in one iteration, of runs of one micro-batch."""
     count = iter(range(10**6))

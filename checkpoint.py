@@ -7,13 +7,17 @@ import datetime
 import fcntl
 import io
 import json
+import math
 import os
 import pathlib
+import pickle
 import platform
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 import zipfile
@@ -23,17 +27,23 @@ import torch.distributed as dist
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
+SCHEMA = 1  # of a checkpoint's content; one of another schema is not read
+
 # Flags that may change between the sittings of one run; every other one is part of what the run is.
-FREE = {"data", "out", "workers", "device", "compile", "checkpoint_seconds"}
+FREE = {"data", "out", "workers", "device", "compile", "checkpoint_seconds", "timeout"}
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE = 18  # seconds between a signal and the end, at most: torchrun kills after 30
 
 
-def start_processes(device):
+def start_processes(device, timeout=600):
     """Join the processes that torchrun started, or be a world of one. Returns this process's torch.device.
 
-    Raises ValueError when torchrun's variables are incomplete or the device is not there.
+    timeout: seconds that a process waits for another one, here and in every collective.
+    Raises ValueError when torchrun's variables are incomplete, the device is not there or the others do not come.
     """
+    if not 1 <= timeout <= 86_400:
+        raise ValueError(f"--timeout must be 1 ... 86400 seconds, not {timeout}")
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     launched = any(name in os.environ for name in needed[:3])
     missing = [name for name in needed if launched and name not in os.environ]
@@ -48,16 +58,23 @@ def start_processes(device):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    if launched:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # NCCL, which ends a process without naming another, waits a minute longer than the gloo group of Stop.check.
+    limit = datetime.timedelta(seconds=timeout + 60 * (device != "cpu"))
+    try:
+        store, rank, world = dist.HashStore(), 0, 1
+        if launched:
+            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+            # A restart by torchrun must not meet the addresses that the attempt before left in torchrun's store.
+            store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        raise ValueError(f"the processes did not find each other: {error}") from None
     return torch.device(device)
 
 
 def fail(problem):
     """End with a message and exit status 2: bad input."""
-    if os.environ.get("RANK", "0") == "0":
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{pathlib.Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -65,13 +82,18 @@ def fail(problem):
 
 
 @contextlib.contextmanager
-def all_or_none():
-    """For set-up that may fail on one process: they all exit with status 2 then, saying why."""
+def all_or_none(source=None):
+    """For set-up that may fail on one process: they all exit with status 2 then, saying why. With a source, the name
+    of a file or folder that something is built from, an error of any kind means that its content does not fit."""
     problem = None
     try:
         yield
     except (ValueError, OSError) as error:
         problem = str(error)
+    except Exception as error:
+        if source is None:
+            raise
+        problem = f"{source} does not fit this code: {type(error).__name__}: {error}"
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for problem in filter(None, problems):
@@ -87,37 +109,87 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Listens to SIGTERM, SIGINT and SIGUSR1. While training, the first one is heeded at the next `check`; before that,
-    and a second later or more, the next ends the process at once."""
+    """Listens to SIGTERM, SIGINT and SIGUSR1. While training, the first one is heeded at the next `check`. Before that,
+    a second later or more, and when no check comes within GRACE seconds, the process ends at once, without saving."""
 
-    def __init__(self):
-        self.asked, self.when, self.training = 0, 0.0, False
+    def __init__(self, timeout=600):
+        self.timeout, self.group = timeout, None
+        self.asked, self.when, self.training = 0, math.inf, False
+        self.calls, self.until, self.agreed = 0, 1, time.monotonic()
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self.ask)
+            signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=ignore_signals)
+        threading.Thread(target=self.listen, args=[heard], daemon=True).start()
 
-    def ask(self, number, frame):
-        # Within a second it is the same Ctrl-C, which torchrun and run_all.sh pass on to processes that have had it.
-        again = self.asked and time.monotonic() - self.when > 1
-        if again or not self.training:
-            os._exit(128 + number)
-        self.asked, self.when = number, time.monotonic()
+    def listen(self, heard):
+        """In a thread: the main one hears nothing within a slow step, or while it waits for a process that hangs."""
+        number, left = 0, None
+        while select.select([heard], [], [], left)[0]:
+            number = os.read(heard, 1)[0]
+            if number in SIGNALS:  # else a worker of a loader has ended
+                if not self.training or time.monotonic() > self.when + 1:
+                    break
+                # Sooner it is the same Ctrl-C, which torchrun and run_all.sh pass on to processes that have had it.
+                if not self.asked:
+                    self.when, self.asked = time.monotonic(), number
+            left = max(0, self.when + GRACE - time.monotonic()) if self.asked else None
+        number = self.asked or number
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
+        os._exit(128 + number)
 
-    def check(self, due=False):
+    def check(self, due=None):
         """Raises Stopped, on every process at the same call, once any process was asked. Otherwise returns whether
-        `due` is true on any of them."""
+        `due` is true on any of them; with a `due`, once an iteration, they agree only about every tenth of a second."""
         self.training = True
-        asked = torch.tensor([self.asked, due])
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        number, due = asked.tolist()
+        self.group = self.group or dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
+        self.calls += due is not None
+        if due is not None and self.calls < self.until:
+            return False
+        agreed = torch.tensor([self.asked, bool(due), time.monotonic() - self.agreed], dtype=torch.float64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.group)
+        number, anywhere, seconds = agreed.tolist()
         if number:
-            raise Stopped(number)
-        return bool(due)
+            raise Stopped(int(number))
+        if due is not None:
+            self.until = 1 if anywhere else max(1, min(2 * self.calls, int(0.1 * self.calls / seconds)))
+            self.calls, self.agreed = 0, time.monotonic()
+        return bool(anywhere)
 
 
-def ignore_signals(worker):
-    """For loader workers: a Ctrl-C reaches them too, but it is for the trainer to say when they end."""
+def ignore_signals(*_):
+    """For a loader's workers, at their fork and as worker_init_fn: who asks a run to stop may ask all its processes,
+    and they must serve it to the end. They end with it, or when they see it gone."""
+    signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def lost(error):
+    """End with status 1 after an error that came of a process that died or hangs, naming it; raise any other error."""
+    if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+        raise error
+    hangs, rank, answered = "Timed out" in str(error), dist.get_rank(), set()
+    others = set(range(dist.get_world_size())) - {rank}
+    store = dist.group.WORLD.get_group_store()
+
+    def call():  # the roll: who gets here has lost somebody, and who does not is lost
+        with contextlib.suppress(RuntimeError):
+            store.set(f"lost somebody: {rank}", "")
+            while True:
+                answered.update(other for other in others if store.check([f"lost somebody: {other}"]))
+                time.sleep(0.1)
+
+    caller = threading.Thread(target=call, daemon=True)  # without torchrun process 0 keeps the store, and may hang
+    caller.start()
+    caller.join(10 if hangs else 1)
+    missing = " or ".join(map(str, sorted(others - answered)))
+    how = "does not answer" if hangs else "died"
+    print(f"process {rank} lost process {missing}, which {how} ({error})", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class Run:
@@ -138,34 +210,31 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another program is writing {folder}: wait for it, or choose another --out") from None
-        self.wrote = False
+        self.flags = {name: value for name, value in config.items() if name not in FREE}
+        self.whole, self.unsaved, self.status = False, set(), 0
         path = self.folder / "config.json"
         held = [name for name in ("result.json", *CHECKPOINTS) if (self.folder / name).exists()]
         if held and not path.exists():
             raise ValueError(f"{folder} holds {held[0]} but no config.json, so of what run is unknown")
         if path.exists():
-            there = read_json(path)
-            differ = [
-                f"--{name.replace('_', '-')} is {there.get(name)} there and {config.get(name)} here"
-                for name in (there | config).keys() - FREE - {"environment"}
-                if there.get(name) != config.get(name)
-            ]
-            if differ:
-                raise ValueError(f"{folder} holds a different run: {'; '.join(sorted(differ))}. Choose another --out")
+            refuse_another(folder, read_json(path), config)
         else:
-            write_json(path, config | {"environment": environment(config)})
+            write(path, as_json(config | {"environment": environment(config)}))
+        for name in ("log.csv", "result.json", *CHECKPOINTS):  # left by a program that was killed while it wrote
+            temporary(self.folder / name).unlink(missing_ok=True)
 
     def save(self, state):
-        """Write the state to checkpoint.pt and keep the one before, if it is whole, as checkpoint.previous.pt."""
+        """Write the state to checkpoint.pt and keep the one before, if it is whole, as checkpoint.previous.pt. Returns
+        whether that could be done."""
         newest, previous = (self.folder / name for name in CHECKPOINTS)
         buffer = io.BytesIO()
-        torch.save(state, buffer)
-        temporary = write_temporary(newest, buffer.getbuffer())
-        if self.wrote or (newest.exists() and damage(newest) is None):
-            os.replace(newest, previous)
-        os.replace(temporary, newest)
-        sync(self.folder)
-        self.wrote = True
+        torch.save({"schema": SCHEMA, "flags": self.flags} | state, buffer)
+        if not self.whole:
+            with contextlib.suppress(ValueError):
+                self.whole = bool(read(newest))
+        done = self.write(newest, buffer.getbuffer(), previous if self.whole else None)
+        self.whole = self.whole or done
+        return done
 
     def log(self, rows):
         """Write log.csv anew: `rows` are dicts with the same keys."""
@@ -173,39 +242,83 @@ class Run:
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write(self.folder / "log.csv", text.getvalue().encode())
+        self.write(self.folder / "log.csv", text.getvalue().encode())
 
     def finish(self, result):
-        """Write result.json, the mark of a finished run."""
-        write_json(self.folder / "result.json", result)
+        """Write result.json, the mark of a finished run, when all else is on disk. Returns the exit status: 1 when
+        anything could not be written in this sitting."""
+        if not self.unsaved:
+            self.write(self.folder / "result.json", as_json(result))
+        if self.unsaved:
+            print(f"not finished: {', '.join(self.unsaved)} not written; the same command goes on", file=sys.stderr)
+        return self.status
+
+    def write(self, path, content, keep=None):
+        """Write a file; where that fails, say so, once, and go on with the old one. Returns whether it was written."""
+        try:
+            write(path, content, keep)
+        except OSError as error:
+            if path.name not in self.unsaved:
+                print(f"{path} could not be written ({error}): the run goes on, and the old one stays", file=sys.stderr)
+            self.unsaved.add(path.name)
+            self.status = 1
+        else:
+            self.unsaved.discard(path.name)
+        return path.name not in self.unsaved
 
 
-def load(folder):
-    """The state in a run's folder, on the CPU; None when there is no checkpoint. Takes the newest readable one; raises
-    ValueError when there are checkpoints and none can be read."""
+def refuse_another(place, there, here):
+    """Raise ValueError, naming the flags that differ, when a folder or file holds a different run."""
+    differ = [
+        f"--{name.replace('_', '-')} is {there.get(name)} there and {here.get(name)} here"
+        for name in (there | here).keys() - FREE - {"environment"}
+        if there.get(name) != here.get(name)
+    ]
+    if differ:
+        raise ValueError(f"{place} holds a different run: {'; '.join(sorted(differ))}. Choose another --out")
+
+
+def load(folder, flags=None):
+    """The state in a run's folder, on the CPU; None when there is no checkpoint. Takes the newest that can be read.
+
+    Raises ValueError when none can, or when it is of another schema or, given flags, of a different run.
+    """
     problems = []
     for path in (pathlib.Path(folder, name) for name in CHECKPOINTS):
         if path.exists():
-            problem = damage(path)
-            if problem is None:
-                if problems:
-                    print(f"{problems[0]}; going on from {path}", file=sys.stderr)
-                return torch.load(path, map_location="cpu", weights_only=True)
-            problems.append(f"{path} is damaged: {problem}")
+            try:
+                state = read(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                print(f"{problems[0]}; going on from {path}", file=sys.stderr)
+            if state.get("schema") != SCHEMA:
+                raise ValueError(f"{path} is of schema {state.get('schema')!r}, and this code reads schema {SCHEMA}")
+            if flags is not None:
+                refuse_another(path, state["flags"], flags)
+            return state
     if problems:
         raise ValueError("no checkpoint can be read: " + "; ".join(problems))
     return None
 
 
-def damage(path):
-    """What keeps a checkpoint from being read, or None. torch.load alone does not look at the archive's CRCs."""
+def read(path):
+    """The dict in a checkpoint file, on the CPU: tensors and plain types, and nothing else is ever built or executed.
+    Raises ValueError when the file is damaged or holds anything else."""
     try:
-        part = zipfile.ZipFile(path).testzip()
-        if part is None:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return part
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()  # torch.load does not look at the CRCs
+        if part is not None:
+            raise ValueError(f"{part} is not what was written")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("flags"), dict):
+            raise ValueError("it holds no state of a run")
+        return state
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values: it was not written by this code") from None
     except Exception as error:  # a damaged file may raise anything
-        return f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def environment(config):
@@ -246,27 +359,28 @@ def read_json(path):
     return content
 
 
-def write_json(path, content):
-    write(path, (json.dumps(content, indent=2) + "\n").encode())
+def as_json(content):
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def write(path, content):
-    """Write a file whole or not at all."""
-    os.replace(write_temporary(path, content), path)
-    sync(path.parent)
+def temporary(path):
+    return path.with_name(path.name + ".tmp")
 
 
-def write_temporary(path, content):
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def sync(folder):
-    """Make the renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def write(path, content, keep=None):
+    """Write a file whole or not at all; the one before gets the name `keep`. Raises OSError."""
+    try:
+        with open(temporary(path), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary(path), path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # makes the renames durable
+        os.close(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary(path).unlink()  # it may be what fills the disk
+        raise

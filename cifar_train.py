@@ -106,9 +106,10 @@ def train(args, net, sets, state, run, stop, device):
     autocast = reduced(args.precision, device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
     iteration, seconds, rows = 0, 0.0, []
-    if state:
-        restore(state, net, optimizer, scaler, sums)
-        iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
+    with checkpoint.all_or_none(args.out):
+        if state:
+            restore(state, net, optimizer, scaler, sums)
+            iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
     began = time.monotonic() - seconds  # so that the clock counts all sittings
     saved = time.monotonic()
 
@@ -117,19 +118,18 @@ def train(args, net, sets, state, run, stop, device):
         batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
         step(net, batches, shared, running, optimizer, scaler, autocast)
 
+    changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
     if device.type == "cuda":
-        changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
         draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
         iterate = graphed(iterate, draws, changing, args)
 
     def finite():
-        return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
+        return bool(torch.stack([t.isfinite().all() for t in (sums, *changing)]).all())
 
     def save():
         state = {"model": net.state_dict(), "mean": mean, "std": std, "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
-        if rank == 0:
-            run.save(state | {"seconds": time.monotonic() - began})
+        return rank != 0 or run.save(state | {"seconds": time.monotonic() - began})
 
     def log(iterations):
         loss, error = (sums[:2] / iterations).tolist()
@@ -147,6 +147,8 @@ def train(args, net, sets, state, run, stop, device):
                 f"{watched} error {row[watched + '_error']:.2f} %  {rows[-1]['seconds']:,.0f} s"
             )
 
+    if rows and rank == 0:
+        run.log(rows)  # once more: the disk may have been full
     net.train()
     bar = tqdm(total=args.iterations, initial=iteration, unit="it", disable=True if rank else None)
     try:
@@ -173,10 +175,8 @@ def train(args, net, sets, state, run, stop, device):
             iteration += 1
             bar.update()
     except checkpoint.Stopped as stopped:
-        if finite():
-            save()
-            if rank == 0:
-                print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
+        if finite() and save() and rank == 0:
+            print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -318,6 +318,7 @@ def parse_flags():
     add(
         "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
     )
+    add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
     add("--evaluate", metavar="RUN", help="print the test error of a run's checkpoint instead of training")
     args = parser.parse_args()
     try:
@@ -388,17 +389,14 @@ def resolve(args):
 def evaluate_run(flags, device, stop):
     """Print the test error of a run's checkpoint; net and data set are those of its config.json."""
     folder = flags.evaluate
-    with checkpoint.all_or_none():
+    with checkpoint.all_or_none(folder):
         args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
         state = checkpoint.load(folder)
         if state is None:
             raise ValueError(f"{folder} holds no checkpoint")
-        try:
-            args.data = flags.data or args.data
-            net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-            net.load_state_dict(state["model"])
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{folder}: its config.json does not describe its checkpoint's net: {error}") from None
+        args.data = flags.data or args.data
+        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+        net.load_state_dict(state["model"])
         images, labels, mean, std = (t.to(device) for t in (*load_sets(args)["test"], state["mean"], state["std"]))
     net.to(device, memory_format=torch.channels_last)
     error = evaluate(net, images, labels, mean, std, reduced(args.precision, device), stop)
@@ -418,30 +416,31 @@ def train_run(args, device, stop):
         net.to(device, memory_format=torch.channels_last)
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
-        state = None if done else checkpoint.load(args.out)
+        state = None if done else checkpoint.load(args.out, flags)
     result = None if done else train(args, net, sets, state, run, stop, device)
-    if run:
-        if not done:
-            run.finish(result)
+    status = run.finish(result) if run and not done else 0
+    if run and (run.folder / "result.json").exists():
         result = checkpoint.read_json(run.folder / "result.json")
         error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
         files = f"its files are in {args.out} (its curve: python report.py {args.out})"
         say(f"{'already finished' if done else 'finished'}: {error}; {files}")
-    return 0
+    return status
 
 
 def main():
     args = parse_flags()
+    stop = checkpoint.Stop(args.timeout)
     try:
-        device = checkpoint.start_processes(args.device)
+        device = checkpoint.start_processes(args.device, args.timeout)
     except ValueError as error:
         checkpoint.fail(error)
-    stop = checkpoint.Stop()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         return (train_run if args.evaluate is None else evaluate_run)(args, device, stop)
     except checkpoint.Stopped as stopped:
         return stopped.status
+    except RuntimeError as error:
+        checkpoint.lost(error)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,10 @@ def train(args, net, sets, state, run, stop, device):
     autocast = reduced(args.precision, device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
     iteration, seconds, rows = 0, 0.0, []
-    if state:
-        restore(state, net, optimizer, scaler, sums)
-        iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
+    with checkpoint.all_or_none(args.out):
+        if state:
+            restore(state, net, optimizer, scaler, sums)
+            iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
     began = time.monotonic() - seconds  # so that the clock counts all sittings
     saved = time.monotonic()
 
@@ -102,13 +103,13 @@ def train(args, net, sets, state, run, stop, device):
     clock = Waiting(args, device)
 
     def finite():
-        return bool(torch.stack([t.isfinite().all() for t in (sums, running, *net.parameters())]).all())
+        changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
+        return bool(torch.stack([t.isfinite().all() for t in (sums, *changing)]).all())
 
     def save():
         state = {"model": net.state_dict(), "classes": sets[0].classes, "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
-        if rank == 0:
-            run.save(state | {"seconds": time.monotonic() - began})
+        return rank != 0 or run.save(state | {"seconds": time.monotonic() - began})
 
     def log(iterations):
         loss, error = (sums[:2] / iterations).tolist()
@@ -124,6 +125,8 @@ def train(args, net, sets, state, run, stop, device):
                 f"top-1 error {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  {rows[-1]['seconds']:,.0f} s"
             )
 
+    if rows and rank == 0:
+        run.log(rows)  # once more: the disk may have been full
     net.train()
     bar = tqdm(total=args.iterations, initial=iteration, unit="it", disable=True if rank else None)
     try:
@@ -156,10 +159,8 @@ def train(args, net, sets, state, run, stop, device):
             bar.set_postfix_str(f"{clock.share():.0%} waiting for data", refresh=False)
             bar.update()
     except (checkpoint.Stopped, SystemExit):  # asked to stop; or an image could not be read
-        if finite():
-            save()
-            if rank == 0:
-                print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
+        if finite() and save() and rank == 0:
+            print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -334,14 +335,14 @@ def papers_figures(args, protocol):
     return f" (the paper, all of ImageNet: {', '.join(figures)})" if figures else ""
 
 
-def test(nets, images, protocols, args, device, stop, folder, more):
+def test(nets, images, protocols, args, device, stop, folder, more, write):
     """Evaluate under each protocol: a line on the terminal, and <protocol>.json in a folder. Returns their contents."""
     found = {}
     for protocol in protocols:
         top1, top5 = evaluate(nets, images, protocol, args, device, stop)
         found[protocol] = {"top1": top1, "top5": top5, "images": len(images), "precision": args.precision} | more
+        write(pathlib.Path(folder, f"{protocol}.json"), found[protocol])
         if dist.get_rank() == 0:
-            checkpoint.write_json(pathlib.Path(folder, f"{protocol}.json"), found[protocol])
             paper = papers_figures(args, protocol) if len(nets) == 1 else ""
             say(f"{folder}: {protocol} top-1 error {top1:.2f} %, top-5 {top5:.2f} %{paper}")
     return found
@@ -353,11 +354,8 @@ def read_run(folder):
     state = checkpoint.load(folder)
     if state is None:
         raise ValueError(f"{folder} holds no checkpoint")
-    try:
-        net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
-        net.load_state_dict(state["model"])
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder}: its config.json does not describe its checkpoint's net: {error}") from None
+    net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
+    net.load_state_dict(state["model"])
     return args, net, state["classes"]
 
 
@@ -370,7 +368,7 @@ def check_classes(folder, classes, images):
 def evaluate_runs(flags, device, stop):
     """Evaluate a run's checkpoint, or the average of several; net, data set and crop are those of their config.json."""
     began = time.monotonic()
-    with checkpoint.all_or_none():
+    with checkpoint.all_or_none(" or ".join(flags.evaluate)):
         lacking = [run for run in flags.evaluate if not pathlib.Path(run, "config.json").exists()]
         if lacking:
             raise ValueError(f"there is no run in {', '.join(lacking)}")
@@ -384,16 +382,22 @@ def evaluate_runs(flags, device, stop):
             net.to(device, memory_format=torch.channels_last)
         out = pathlib.Path(flags.out or flags.evaluate[0])
         out.mkdir(parents=True, exist_ok=True)
+
+    def write(path, content):
+        with checkpoint.all_or_none():
+            if dist.get_rank() == 0:
+                checkpoint.write(path, checkpoint.as_json(content))
+
     for other, net, _ in runs:
         other.workers, other.micro_batch = flags.workers, flags.batch_size or 32
         if flags.recompute_bn:
             recompute_bn(net, train_images, flags.recompute_bn, other, device)
     made = {"runs": flags.evaluate, "recompute_bn": flags.recompute_bn}
-    found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made)
-    if flags.out and dist.get_rank() == 0:
+    found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made, write)
+    if flags.out:
         done = {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
         done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
-        checkpoint.write_json(out / "result.json", done)
+        write(out / "result.json", done)
     return 0
 
 
@@ -410,41 +414,49 @@ def train_run(args, device, stop):
         net.to(device, memory_format=torch.channels_last)
         flags = {name: value for name, value in vars(args).items() if name not in ("evaluate", "test", "recompute_bn")}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
-        state = checkpoint.load(args.out)
+        state = checkpoint.load(args.out, flags)
         if state:
             check_classes(args.out, state["classes"], sets[1])
-    result = pathlib.Path(args.out, "result.json")
-    done = result.exists()
+
+    def write(path, content):
+        if run:
+            run.write(path, checkpoint.as_json(content))
+
+    done = pathlib.Path(args.out, "result.json").exists()
+    result = None if done else train(args, net, sets, state, run, stop, device)
     protocols = [name for name in args.test if not pathlib.Path(args.out, f"{name}.json").exists()]
-    made = checkpoint.read_json(result) if done else train(args, net, sets, state, run, stop, device)
-    if protocols and not made["diverged"]:
+    if protocols and not (result or checkpoint.read_json(pathlib.Path(args.out, "result.json")))["diverged"]:
         if done:
             net.load_state_dict(state["model"])
-        test([net], sets[1], protocols, args, device, stop, args.out, {"runs": [args.out], "recompute_bn": 0})
-    if run:
-        if not done:
-            run.finish(made)
+        test([net], sets[1], protocols, args, device, stop, args.out, {"runs": [args.out], "recompute_bn": 0}, write)
+    status = 0
+    if run and not done:
+        status = run.finish(result)
+    if run and (run.folder / "result.json").exists():
+        result = checkpoint.read_json(run.folder / "result.json")
         error = "diverged"
-        if not made["diverged"]:
-            error = f"top-1 error {made['val_top1']:.2f} %, top-5 {made['val_top5']:.2f} %"
+        if not result["diverged"]:
+            error = f"top-1 error {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %"
             error += papers_figures(args, "1-crop")
         files = f"its files are in {args.out} (its curve: python report.py {args.out})"
         say(f"{'already finished' if done else 'finished'}: {error}; {files}")
-    return 0
+    return status
 
 
 def main():
     args = parse_flags()
+    stop = checkpoint.Stop(args.timeout)
     try:
-        device = checkpoint.start_processes(args.device)
+        device = checkpoint.start_processes(args.device, args.timeout)
     except ValueError as error:
         checkpoint.fail(error)
-    stop = checkpoint.Stop()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         return (evaluate_runs if args.evaluate else train_run)(args, device, stop)
     except checkpoint.Stopped as stopped:
         return stopped.status
+    except RuntimeError as error:
+        checkpoint.lost(error)
 
 
 if __name__ == "__main__":

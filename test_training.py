@@ -44,6 +44,7 @@ def one_process():
     yield
     for number, handler in zip(NUMBERS, handlers, strict=True):
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -580,6 +581,7 @@ BAD = [
     ("--lr -1", "--lr", ""),
     ("--seed -1", "--seed must be at least 0", ""),
     ("--checkpoint-seconds -1", "--checkpoint-seconds must be at least 0", ""),
+    ("--timeout 0", "--timeout must be 1 ... 86400 seconds", ""),
     ("--checkpoint-seconds nan", "--checkpoint-seconds must be at least 0", ""),
     ("--unit basic-exclusive-gating --unit-arg gate_bias=nan", "gate_bias is a number", ""),
     ("--recipe mine", "--recipe", "resnet-1k-layers"),
@@ -640,7 +642,7 @@ def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
             assert status == 2 and "Traceback" not in printed, content
     (run / "config.json").write_text(config.replace('"depth": 8', '"depth": 14'))
     status, printed = start("--evaluate", "run")
-    assert status == 2 and "does not describe its checkpoint's net" in printed
+    assert status == 2 and "run does not fit this code" in printed
     (run / "config.json").write_text(config)
     (run / "result.json").unlink()
     (run / "checkpoint.pt").write_bytes(b"x")

@@ -137,7 +137,7 @@ class Run:
             differ = [
                 f"--{name.replace('_', '-')} is {there.get(name)} there and {config.get(name)} here"
                 for name in (there | config).keys() - FREE - {"environment"}
-                if there.get(name) != config.get(name)
+                if without_off(there.get(name)) != without_off(config.get(name))
             ]
             if differ:
                 raise ValueError(f"{folder} holds a different run: {'; '.join(sorted(differ))}. Choose another --out")
@@ -167,6 +167,13 @@ class Run:
     def finish(self, result):
         """Write result.json, the mark of a finished run."""
         write_json(self.folder / "result.json", result)
+
+
+def without_off(value):
+    """A flag's value, or the unit's arguments, without what is off: what is younger than a run was off in it."""
+    if isinstance(value, dict):
+        return {name: v for name, v in value.items() if v is not False}
+    return None if value is False else value
 
 
 def load(folder):

@@ -244,11 +244,12 @@ def say(line):
 
 
 def sgd(net, args):
-    """The recipe's SGD; with recipe "paper" only the weights of convolutions and fc decay, not BN and biases."""
+    """The recipe's SGD; with recipe "paper" the weights of convolutions and fc alone decay, unless --decay-all."""
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     recipe = RECIPES[args.recipe]
-    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if recipe["decay_all"] else 0}]
+    decay = WEIGHT_DECAY if args.decay_all or recipe["decay_all"] else 0
+    groups = [{"params": weights}, {"params": others, "weight_decay": decay}]
     lr = torch.tensor(args.lr, dtype=weights[0].dtype, device=weights[0].device)
     sgd = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=recipe["nesterov"], fused=True)
     for p in net.parameters():
@@ -266,6 +267,16 @@ def reduced(precision, device):
         warn(f"--precision {precision}: this GPU has no units for it, so it is no faster than float32", stacklevel=2)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+
+def new_net(args):
+    """The net that the flags name, with its initial weights, on the CPU."""
+    torch.manual_seed(args.seed)
+    net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+    for layer in net.modules():
+        if args.fan_in and isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # by fan-in, Caffe's default
+    return net
 
 
 def load_sets(args):
@@ -301,6 +312,8 @@ def parse_flags():
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default half the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
     add("--warmup", type=int, metavar="N", help="iterations at lr/10 (default 400, at most a 16th; resnet-1k-layers 0)")
+    add("--fan-in", action="store_true", help="He initialisation by fan-in (default: fan-out)")
+    add("--decay-all", action="store_true", help="weight decay on BN and biases too, in recipe paper")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
     add = parser.add_argument_group("the machine and the run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
@@ -334,13 +347,14 @@ def resolve(args):
         name, _, value = word.partition("=")
         if name not in args.unit_args:
             raise ValueError(f"--unit-arg {word}: {args.unit} takes {', '.join(args.unit_args) or 'no arguments'}")
+        kind = type(args.unit_args[name])
         try:
-            args.unit_args[name] = type(args.unit_args[name])(value)
+            args.unit_args[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
             finite = isinstance(args.unit_args[name], str) or math.isfinite(args.unit_args[name])
-        except ValueError:
+        except (ValueError, KeyError):
             finite = False
         if not finite:
-            raise ValueError(f"--unit-arg {word}: {name} is a number")
+            raise ValueError(f"--unit-arg {word}: {name} is {'true or false' if kind is bool else 'a number'}")
     del args.unit_arg
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
@@ -392,9 +406,7 @@ def train_run(args, device, stop):
     done = pathlib.Path(args.out, "result.json").exists()
     with checkpoint.all_or_none():
         sets = None if done else load_sets(args)
-        torch.manual_seed(args.seed)
-        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-        net.to(device, memory_format=torch.channels_last)
+        net = new_net(args).to(device, memory_format=torch.channels_last)
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out)

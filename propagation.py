@@ -61,11 +61,11 @@ SEE = """What one should see, the gradient coming from the right, as a multiple 
   arrives; only the two units that change the shape change it. With 0.5 on (e)'s shortcut each unit halves it: eq. (8).
 - Fig. 2(b) is drawn with a ReLU after the addition, which stops the gradient wherever the sum is negative: it falls by
   more than a half, and at a cross nothing is left. (The original's ReLU stops little: its shortcut is positive and
-  grows.) Gates, dropout, 1x1 convolutions and BN on the way lose it too. Gates are taken as numbers here, as in
-  eq. (8); through their own W_g some more arrives.
+  grows.) Gates at b_g = 0, dropout, 1x1 convolutions and BN on the way lose it too. Gates are taken as numbers here,
+  as in eq. (8); through their own W_g some more arrives.
 - **All of it (middle)** does not vanish: the F's bring the rest. But where the shortcuts bring little it goes the way
-  of the plain net's, which grows exponentially from unit to unit. With identities it grows slowly, but for the first
-  units.
+  of the plain net's, which grows exponentially from unit to unit. With identities it grows far less, and most of that
+  in a stage's first units.
 - **The signal (bottom)** is with identities a sum of all F's before and grows; a shortcut that forgets keeps it level.
 """
 
@@ -141,7 +141,7 @@ def page(found, picture):
     lines = [
         "# Signal and gradient through depth: [2] Sections 2 and 3",
         "",
-        f"Written by `python propagation.py`: {2 * last + 2} layers, each unit once, new, on 16 images of noise.",
+        f"Written by `python propagation.py`: {2 * last + 2} layers, a new net of each unit, 16 images of noise.",
         *("", f"![signal and gradient through depth]({picture})", "", SEE),
         f"| unit | lambda | shortcuts alone, eq. (8) | measured | a unit (the last {some}) | gradient | signal |",
         "|---|---|---|---|---|---|---|",
@@ -161,13 +161,16 @@ def main():
     parser.add_argument("--depth", type=int, default=110, help="6n + 2 weight layers (default 110)")
     depth = parser.parse_args().depth
     path = RESULTS / ("propagation" if depth == 110 else f"propagation-{depth}")
+    torch.set_num_threads(1)  # the same figures whatever the number of cores
     try:
         found = measure(depth)
         RESULTS.mkdir(exist_ok=True)
         with open(path.with_suffix(".csv"), "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["net", "l", "signal", "gradient", "on_shortcuts", "predicted"])
-            writer.writerows([net, at, *row] for net, rows in found.items() for at, row in enumerate(rows))
+            for net, rows in found.items():
+                for at, row in enumerate(rows):
+                    writer.writerow([net, at, *("" if value is None else f"{value:.6g}" for value in row)])
         draw(found, path)
         path.with_suffix(".md").write_text(page(found, path.name + ".svg"))
     except (ValueError, OSError) as error:

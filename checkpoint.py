@@ -267,12 +267,19 @@ class Run:
         return path.name not in self.unsaved
 
 
+def without_off(value):
+    """A flag's value, or the unit's arguments, without what is off: what is younger than a run was off in it."""
+    if isinstance(value, dict):
+        return {name: v for name, v in value.items() if v is not False}
+    return None if value is False else value
+
+
 def refuse_another(place, there, here):
     """Raise ValueError, naming the flags that differ, when a folder or file holds a different run."""
     differ = [
         f"--{name.replace('_', '-')} is {there.get(name)} there and {here.get(name)} here"
         for name in (there | here).keys() - FREE - {"environment"}
-        if there.get(name) != here.get(name)
+        if without_off(there.get(name)) != without_off(here.get(name))
     ]
     if differ:
         raise ValueError(f"{place} holds a different run: {'; '.join(sorted(differ))}. Choose another --out")

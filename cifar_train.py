@@ -101,7 +101,7 @@ def train(args, net, sets, state, run, stop, device):
 
     shared, running = flatten(net)
     recipe = RECIPES[args.recipe]
-    optimizer = sgd(net, args.lr, recipe["nesterov"], recipe["decay_all"])
+    optimizer = sgd(net, args.lr, recipe["nesterov"], recipe["decay_all"] or args.decay_all)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = reduced(args.precision, device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
@@ -254,7 +254,7 @@ def say(line):
 
 
 def sgd(net, lr, nesterov=False, decay_all=False):
-    """The papers' SGD, in which only the weights of convolutions and fc decay; with decay_all BN and biases too."""
+    """The papers' SGD, in which the weights of convolutions and fc alone decay; with decay_all BN and biases too."""
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if decay_all else 0}]
@@ -275,6 +275,16 @@ def reduced(precision, device):
         warn(f"--precision {precision}: this GPU has no units for it, so it is no faster than float32", stacklevel=2)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+
+def new_net(args):
+    """The net that the flags name, with its initial weights, on the CPU."""
+    torch.manual_seed(args.seed)
+    net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
+    for layer in net.modules():
+        if args.fan_in and isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # by fan-in, Caffe's default
+    return net
 
 
 def load_sets(args):
@@ -310,6 +320,8 @@ def parse_flags():
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default half the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
     add("--warmup", type=int, metavar="N", help="iterations at lr/10 (default 400, at most a 16th; resnet-1k-layers 0)")
+    add("--fan-in", action="store_true", help="He initialisation by fan-in (default: fan-out)")
+    add("--decay-all", action="store_true", help="weight decay on BN and biases too, in recipe paper")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
     add = parser.add_argument_group("the machine and the run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
@@ -346,13 +358,14 @@ def resolve_unit(args, bottlenecks, **defaults):
         name, _, value = word.partition("=")
         if name not in args.unit_args:
             raise ValueError(f"--unit-arg {word}: {args.unit} takes {', '.join(args.unit_args) or 'no arguments'}")
+        kind = type(args.unit_args[name])
         try:
-            args.unit_args[name] = type(args.unit_args[name])(value)
+            args.unit_args[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
             finite = isinstance(args.unit_args[name], str) or math.isfinite(args.unit_args[name])
-        except ValueError:
+        except (ValueError, KeyError):
             finite = False
         if not finite:
-            raise ValueError(f"--unit-arg {word}: {name} is a number")
+            raise ValueError(f"--unit-arg {word}: {name} is {'true or false' if kind is bool else 'a number'}")
     del args.unit_arg
 
 
@@ -411,9 +424,7 @@ def train_run(args, device, stop):
     done = pathlib.Path(args.out, "result.json").exists()
     with checkpoint.all_or_none():
         sets = None if done else load_sets(args)
-        torch.manual_seed(args.seed)
-        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-        net.to(device, memory_format=torch.channels_last)
+        net = new_net(args).to(device, memory_format=torch.channels_last)
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out, flags)

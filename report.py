@@ -37,6 +37,7 @@ TITLES = {
     "1-table5": "[1] Table 5: ensembles",
     "2-table5": "[2] Table 5: ImageNet validation, one crop of 320",
     "2-section5": "[2] Section 5: ResNet-101, ImageNet validation, one crop of 224",
+    "open": "Open choices: what the papers do not say, and the other way",
     "short": "The short schedule",
 }
 
@@ -218,28 +219,47 @@ def short_rows(rows):
 
 
 def orderings(rows):
-    """What the short runs say of the papers' order: training loss, each unit against the original, and every pair."""
-    found, loss = {}, {}
-    for label, paper, runs in short_rows(rows):
-        if runs:
-            figure = math.inf if paper == "fail" else float(paper)
-            found[label] = figure, statistics.median(run["error"] for run in runs)
-            loss[label] = statistics.median(math.inf if run["diverged"] else run["train_loss"] for run in runs)
-    lines = []
-    three = [label for label in ("full pre-activation", "original", "plain") if label in loss]
-    if len(three) == 3:
-        values = [loss[label] for label in three]
-        shown = ", ".join(f"{label} {value:.2f}" for label, value in zip(three, values, strict=True))
-        lines += [
-            f"Median training loss: {shown}: {'the' if values == sorted(values) else '**not** the'} papers' order."
-        ]
-    pairs = [(a, b) for a in found for b in found if found[a][0] < found[b][0]]
-    against = [(a, b) for a, b in pairs if found[a][1] >= found[b][1]]
-    if pairs:
-        text = f"Of {len(pairs)} pairs of units that the papers order by test error, {len(pairs) - len(against)} are in"
-        lines += ["", f"{text} the same order here. The others, lower in the papers first:"]
-        lines += ["", *(f"- {a} ({found[a][1]:.2f}) and {b} ({found[b][1]:.2f})" for a, b in against)]
-    return lines
+    """Which of the papers' orderings by test error the short runs confirm, contradict or cannot tell, pair by pair."""
+    found = [(label, paper, [run["error"] for run in runs]) for label, paper, runs in short_rows(rows) if runs]
+    several = [errors for _, _, errors in found if len(errors) > 1 and max(errors) < math.inf]
+    if not several:
+        return ["No row has two runs yet, so whether a difference is more than chance cannot be told."]
+    squares = sum(statistics.variance(errors) * (len(errors) - 1) for errors in several)
+    spread = math.sqrt(squares / sum(len(errors) - 1 for errors in several))
+
+    def verdict(lower, higher):
+        (_, a, ours_a), (_, b, ours_b) = lower, higher
+        if a == b:  # the papers do not order them
+            return ""
+        difference = statistics.mean(ours_b) - statistics.mean(ours_a)
+        enough = 2 * spread * math.sqrt(1 / len(ours_a) + 1 / len(ours_b))
+        return "✓" if difference > enough else "✗" if difference < -enough else "?"
+
+    table = ["| lower in the papers | n |", "|---|---|"]
+    for i, (label, _, errors) in enumerate(found):
+        table[0] += f" {i + 1} |"
+        table[1] += "---|"
+        verdicts = [verdict(found[i], other) if k > i else "" for k, other in enumerate(found)]
+        table.append(f"| {i + 1} {label} | {len(errors)} | " + " | ".join(verdicts) + " |")
+    wanted = ("full pre-activation", "original", "plain")
+    three = {label: runs for label, _, runs in short_rows(rows) if label in wanted}
+    loss = []
+    if all(three.values()):
+        medians = [statistics.median(run["train_loss"] or math.inf for run in runs) for runs in three.values()]
+        shown = ", ".join(f"{label} {median:.2f}" for label, median in zip(three, medians, strict=True))
+        order = "the papers' order" if medians == sorted(medians) else "**not** the papers' order"
+        loss = [f"Median training loss: {shown}: {order}.", ""]
+    yes, no, unsure = ("".join(table).count(mark) for mark in "✓✗?")
+    return [
+        *loss,
+        f"Of {yes + no + unsure} pairs of units that the papers order by test error, these runs confirm {yes} (✓),",
+        f"contradict {no} (✗) and cannot tell {unsure} (?), at this schedule. An order counts as told where the",
+        f"means of n and m runs differ by more than 2 s sqrt(1/n + 1/m); s = {spread:.2f} % is the standard deviation",
+        f"of a row's runs, pooled over the {len(several)} rows with two or more and taken to be that of all. Of twenty",
+        "pairs without a difference one or two would pass for told.",
+        "",
+        *table,
+    ]
 
 
 def runs_of(tag, rows):
@@ -498,7 +518,7 @@ def measure_responses(folder):
 def headline(rows):
     """What opens README.md: the short schedule, and of the papers' nets those that have been run."""
     lines = ["![test error of each unit](results/short.svg)", "", *short_table(rows), ""]
-    papers = [cell for cell in cells() if cell["run"] in rows and cell["table"] != "short"]
+    papers = [cell for cell in cells() if cell["run"] in rows and cell["table"] not in ("open", "short")]
     if papers:
         lines += ["| the papers' nets, full schedule | paper | ours |", "|---|---|---|"]
         for cell in {cell["run"]: cell for cell in reversed(papers)}.values():
@@ -555,6 +575,7 @@ def page(rows, others, problems):
             lines += ["around it; in brackets the paper's over the same iterations):", ""]
             lines += checkpoints(panels, curves, rows)
     lines += ["", "### [1] Fig. 7: layer responses", "", "![layer responses](1-fig7.svg)"]
+    lines += ["", "### [2] Sections 2 and 3: [signal and gradient through depth](propagation.md)"]
     if others:
         lines += ["", "## Other runs", "", "| folder | dataset | depth | unit | iterations | test error, % |"]
         lines.append("|---|---|---|---|---|---|")

@@ -26,7 +26,7 @@ rows="
 # tags                               paper      seeds  name                                     flags
 
 # [2] Table 1: shortcuts, ResNet-110
-2-table1,2-table2,2-table3,2-table4,1-table6 6.61,6.43 5 cifar10/110                            --depth 110 --unit basic
+2-table1,2-table2,2-table3,2-table4,1-table6,open 6.61,6.43 5 cifar10/110                            --depth 110 --unit basic
 2-table1,1-fig6                      fail       5      cifar10/110-plain                        --depth 110 --unit basic-plain
 2-table1                             fail       5      cifar10/110-constant-scaling-0.5-1       --depth 110 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=1
 2-table1                             12.35      5      cifar10/110-constant-scaling-0.5-0.5     --depth 110 --unit basic-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=0.5
@@ -36,7 +36,7 @@ rows="
 2-table1                             fail       5      cifar10/110-exclusive-gating-3           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-3
 2-table1                             fail       5      cifar10/110-exclusive-gating-4           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-4
 2-table1                             fail       5      cifar10/110-exclusive-gating-5           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-5
-2-table1                             8.70       5      cifar10/110-exclusive-gating-6           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
+2-table1,open                        8.70       5      cifar10/110-exclusive-gating-6           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
 2-table1                             9.81       5      cifar10/110-exclusive-gating-7           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-7
 2-table1                             -          5      cifar10/110-exclusive-gating-8           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-8
 2-table1                             -          5      cifar10/110-exclusive-gating-9           --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-9
@@ -44,13 +44,13 @@ rows="
 2-table1                             12.86      5      cifar10/110-shortcut-gating-0            --depth 110 --unit basic-shortcut-gating --unit-arg gate_bias=0
 2-table1                             6.91       5      cifar10/110-shortcut-gating-6            --depth 110 --unit basic-shortcut-gating --unit-arg gate_bias=-6
 2-table1                             12.22      5      cifar10/110-conv-shortcut                --depth 110 --unit basic-conv-shortcut
-2-table1                             fail       5      cifar10/110-dropout-shortcut             --depth 110 --unit basic-dropout-shortcut
+2-table1,open                        fail       5      cifar10/110-dropout-shortcut             --depth 110 --unit basic-dropout-shortcut
 
 # [2] Table 2: the order of activations, ResNet-110 and ResNet-164
 2-table2                             8.17       5      cifar10/110-bn-after-add                 --depth 110 --unit basic-bn-after-add
 2-table2                             7.84       5      cifar10/110-relu-before-add              --depth 110 --unit basic-relu-before-add
 2-table2                             6.71       5      cifar10/110-relu-preact                  --depth 110 --unit basic-relu-preact
-2-table2,2-table3                    6.37       5      cifar10/110-preact                       --depth 110 --unit basic-preact
+2-table2,2-table3,open               6.37       5      cifar10/110-preact                       --depth 110 --unit basic-preact
 2-table2,2-table3                    5.93       5      cifar10/164                              --depth 164 --unit bottleneck
 2-table2                             6.50       5      cifar10/164-bn-after-add                 --depth 164 --unit bottleneck-bn-after-add
 2-table2                             6.14       5      cifar10/164-relu-before-add              --depth 164 --unit bottleneck-relu-before-add
@@ -112,6 +112,13 @@ rows="
 2-section5                           -          1      imagenet/101-shortcut-gating-6           --depth 101 --unit bottleneck-shortcut-gating --unit-arg gate_bias=-6
 2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
+
+# Open choices: what the papers do not say, done the other way (ResNet-110; README has them all)
+open                                 8.70       5      cifar10/110-exclusive-gating-6-gate-bn   --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6 --unit-arg gate_bn=true
+open                                 6.37       5      cifar10/110-preact-raw-shortcut          --depth 110 --unit basic-preact-raw-shortcut
+open                                 fail       5      cifar10/110-rescaled-dropout             --depth 110 --unit basic-rescaled-dropout
+open                                 6.61       5      cifar10/110-decay-all                    --depth 110 --unit basic --decay-all
+open                                 6.61       5      cifar10/110-fan-in                       --depth 110 --unit basic --fan-in
 
 # Not the papers' tables, but an evening on a laptop: the units beside each other in minutes a run
 short                                -          3      short/38-plain                           --depth 38 --unit basic-plain $short

@@ -242,6 +242,19 @@ def test_weight_decay_and_momentum(flags):
         assert "fc.weight" in decayed and "stages.0.0.gate.weight" in decayed
         assert not any(name.endswith("bias") or ".bn" in name for name in decayed)
         assert len(weights["params"]) + len(others["params"]) == len(names)
+    groups = cifar_train.sgd(net, flags("--decay-all")).param_groups
+    assert {(group["weight_decay"], group["nesterov"]) for group in groups} == {(1e-4, False)}
+
+
+def test_initialisation_by_fan_in(flags):
+    """Their variances are 2 / fan-in, and 2 / fan-out by default; the fc is the same in both."""
+    nets = [cifar_train.new_net(flags("--depth", 164, "--preact", *words)) for words in ([], ["--fan-in"])]
+    for layers in zip(*(net.modules() for net in nets), strict=True):
+        if isinstance(layers[0], torch.nn.Conv2d) and layers[0].weight.numel() > 2000:
+            for layer, channels in zip(layers, (layers[0].out_channels, layers[0].in_channels), strict=True):
+                assert 0.8 < layer.weight.square().mean().item() * channels * layer.kernel_size[0] ** 2 / 2 < 1.2
+    assert torch.equal(nets[0].fc.weight, nets[1].fc.weight)
+    assert abs(nets[0].stages[0][1].conv1.weight.std() / nets[1].stages[0][1].conv1.weight.std() - 2) < 0.3  # 64 to 16
 
 
 def test_the_net_of_a_depth(flags):
@@ -253,8 +266,10 @@ def test_the_net_of_a_depth(flags):
     args = flags("--depth", 164, "--unit", "basic-preact")
     assert args.unit == "basic-preact" and args.preact
     args = flags("--depth", 110, "--unit", "basic-exclusive-gating", "--unit-arg", "gate_bias=-7")
-    assert args.unit_args == {"option": "A", "gate_bias": -7.0} and not args.preact
+    assert args.unit_args == {"option": "A", "gate_bias": -7.0, "gate_bn": False} and not args.preact
     assert args.out == "runs/cifar10-110-basic-exclusive-gating-seed1"
+    args = flags("--unit", "basic-shortcut-gating", "--unit-arg", "gate_bn=true")
+    assert args.unit_args == {"option": "A", "gate_bias": -6.0, "gate_bn": True}
 
 
 # Data
@@ -584,6 +599,7 @@ BAD = [
     ("--timeout 0", "--timeout must be 1 ... 86400 seconds", ""),
     ("--checkpoint-seconds nan", "--checkpoint-seconds must be at least 0", ""),
     ("--unit basic-exclusive-gating --unit-arg gate_bias=nan", "gate_bias is a number", ""),
+    ("--unit basic-exclusive-gating --unit-arg gate_bn=no", "gate_bn is true or false", ""),
     ("--recipe mine", "--recipe", "resnet-1k-layers"),
     ("--dataset mnist", "--dataset", "cifar100"),
     ("--dept 20", "--dept", ""),
@@ -624,6 +640,19 @@ def test_a_folder_that_another_program_writes(start, tmp_path):
         status, printed = start(*TINY, "--out", "run")
     assert status == 2 and "another program is writing run" in printed
     assert os.listdir("run") == [".lock"]
+
+
+def test_a_flag_younger_than_a_run_was_off_in_it(start, tmp_path):
+    words = [*TINY, "--unit", "basic-shortcut-gating", "--out", "run"]
+    assert start(*words)[0] == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config.pop("fan_in") is config["unit_args"].pop("gate_bn") is False
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    status, printed = start(*words)
+    assert status == 0 and "already finished" in printed
+    for more, message in ((["--fan-in"], "--fan-in is None there"), (["--unit-arg", "gate_bn=true"], "--unit-args is")):
+        status, printed = start(*words, *more)
+        assert status == 2 and message in printed
 
 
 def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
@@ -713,7 +742,7 @@ def listed(*words, **variables):
 
 
 def test_every_row_is_a_command_that_parses(flags):
-    lines = listed(SEEDS="1") + listed("110-preact")
+    lines = listed(SEEDS="1") + listed("110-relu-preact")
     names = [line.split()[0] for line in lines]
     assert len(set(names)) == len(names) - 1
     lines = [line for line in lines if not line.startswith("imagenet")]  # those: test_imagenet.py
@@ -735,17 +764,19 @@ def test_every_row_is_a_command_that_parses(flags):
             assert [args.unit_args["shortcut_scale"], args.unit_args["residual_scale"]] == [
                 *map(float, scales.groups())
             ]
-        bias = re.search(r"gating-(\d+)/", name)
+        bias = re.search(r"gating-(\d+)", name)
         if bias:
             assert args.unit_args["gate_bias"] == -int(bias[1])
+            assert args.unit_args["gate_bn"] == ("gate-bn" in name)
+        assert (args.decay_all, args.fan_in) == ("decay-all" in name, "fan-in" in name)
         body = "single" if "single" in name else "bottleneck" if args.depth in (164, 1001) else "basic"
-        panel = re.sub(r"^.*?/\d+|-batch64|(-[\d.]+)+$", "", name.rpartition("/")[0])
+        panel = re.sub(r"^.*?/\d+|-batch64|-decay-all|-fan-in|(-[\d.]+)+(-gate-bn)?$", "", name.rpartition("/")[0])
         assert args.unit == body + panel.replace("-single", "")
 
 
 def test_rows_of_the_tables():
     rows = {"2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16}
-    rows |= {"1-table2": 4, "1-table3": 7, "1-table4": 5, "1-table5": 1, "2-table5": 5, "2-section5": 7}
+    rows |= {"1-table2": 4, "1-table3": 7, "1-table4": 5, "1-table5": 1, "2-table5": 5, "2-section5": 7, "open": 9}
     one = {tag: listed(tag, SEEDS="1") for tag in rows}
     assert {tag: len(lines) for tag, lines in one.items()} == rows
     everything = listed(SEEDS="1")

@@ -26,11 +26,13 @@ PANELS = {
     "basic-relu-before-add": "conv3x3 bn relu conv3x3 bn relu +",
     "basic-relu-preact": "relu conv3x3 bn relu conv3x3 bn +",
     "basic-preact": "bn relu conv3x3 bn relu conv3x3 +",
+    "basic-preact-raw-shortcut": "bn relu conv3x3 bn relu conv3x3 +",
     "basic-constant-scaling": f"* {BASIC} * + relu",
     "basic-exclusive-gating": f"conv1x1 sigmoid - * {BASIC} * + relu",
     "basic-shortcut-gating": f"conv1x1 sigmoid - * {BASIC} + relu",
     "basic-conv-shortcut": f"conv1x1 bn {BASIC} + relu",
     "basic-dropout-shortcut": f"dropout * {BASIC} + relu",
+    "basic-rescaled-dropout": f"dropout {BASIC} + relu",
     "bottleneck": f"{BOTTLENECK} + relu",
     "bottleneck-plain": f"{BOTTLENECK} relu",
     "bottleneck-bn-after-add": "conv1x1 bn relu conv3x3 bn relu conv1x1 + bn relu",
@@ -80,7 +82,8 @@ def test_shapes_and_attributes(name, stride):
     on_branch = [layer for n, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and n.startswith("conv")]
     assert len(on_branch) == unit.weights
     assert unit.expansion == {"basic": 1, "single": 1, "bottleneck": 4}[name.split("-")[0]]
-    assert unit.preact == {"relu-preact": "relu", "preact": "bn-relu"}.get(name.partition("-")[2])
+    preact = {"relu-preact": "relu", "preact": "bn-relu", "preact-raw-shortcut": "bn-relu"}
+    assert unit.preact == preact.get(name.partition("-")[2])
     assert not any(layer.bias is not None for layer in on_branch)
     assert on_branch[0].stride == (stride, stride) and all(layer.stride == (1, 1) for layer in on_branch[1:])
 
@@ -155,6 +158,9 @@ def test_unit_arguments_arrive():
     unit = units.BasicConstantScaling(4, 4, shortcut_scale=0.5, residual_scale=1.0)
     assert torch.equal(unit(x), relu(0.5 * x + unit.residual(x)))
     assert units.BasicExclusiveGating(4, 4, gate_bias=-3.0).gate.bias.eq(-3).all()
+    gated = units.BasicExclusiveGating(4, 8, 2, gate_bias=-3.0, gate_bn=True)
+    assert units.order(gated).startswith("conv1x1 bn sigmoid") and gated.gate[0].bias is None
+    assert gated.gate[1].bias.eq(-3).all() and gated(torch.randn(2, 4, 6, 6)).shape == (2, 8, 3, 3)
     assert isinstance(units.Basic(4, 4, option="C").shortcut, nn.Sequential)
     assert isinstance(units.Basic(4, 4, option="B").shortcut, nn.Identity)
     assert isinstance(units.Basic(4, 8, option="B").shortcut, nn.Sequential)
@@ -163,26 +169,29 @@ def test_unit_arguments_arrive():
     assert units.arguments(units.BasicConstantScaling) == {
         "option": "A", "shortcut_scale": 0.5, "residual_scale": 0.5
     }  # fmt: skip
-    assert units.arguments(units.BottleneckShortcutGating) == {"option": "B", "gate_bias": -6.0}
+    gating = {"option": "B", "gate_bias": -6.0, "gate_bn": False}
+    assert units.arguments(units.BottleneckShortcutGating) == gating
     assert units.arguments(units.BasicPlain) == units.arguments(units.BottleneckConvShortcut) == {}
 
 
-def test_dropout_is_not_rescaled():
+@pytest.mark.parametrize("unit, kept", ((units.BasicDropoutShortcut, 1), (units.BasicRescaledDropout, 2)))
+def test_dropout_is_rescaled_only_where_its_name_says_so(unit, kept):
     torch.manual_seed(0)
-    unit = units.BasicDropoutShortcut(4, 4)
+    unit = unit(4, 4)
     nn.init.zeros_(unit.bn2.weight)  # F = 0
     x = torch.rand(2, 4, 64, 64) + 1
     y = unit(x)
     dropped = y == 0
-    assert torch.equal(y[~dropped], x[~dropped])  # kept as it is, element by element
+    assert torch.equal(y[~dropped], kept * x[~dropped])  # element by element
     assert 0.45 < dropped.float().mean() < 0.55
     assert dropped.any(dim=(2, 3)).all() and not dropped.all(dim=(2, 3)).any()
-    assert torch.equal(unit.eval()(x), 0.5 * x)
+    assert torch.equal(unit.eval()(x), 0.5 * kept * x)  # the expectation
 
 
 @pytest.mark.parametrize("name", [name for name in UNITS if UNITS[name].preact])
 def test_preactivation_shortcuts(name):
-    """[2] appendix: a shortcut that changes the shape reads the activated signal, an identity the raw one."""
+    """[2] appendix: a shortcut that changes the shape reads the activated signal (but where the name says raw), an
+    identity the raw one."""
     unit = UNITS[name]
     x = torch.randn(2, 8, 6, 6, **DOUBLE)
     for option in "ABC":
@@ -191,7 +200,7 @@ def test_preactivation_shortcuts(name):
             a = relu(x) if unit.preact == "relu" else relu(module.bn1(x))
             raw = option != "C" and stride == 1
             assert isinstance(module.shortcut, nn.Identity) == raw
-            h = x if raw else module.shortcut(a)
+            h = x if raw else module.shortcut(x if "raw" in name else a)
             assert torch.equal(module(x), h + module.residual(a))
     if unit.preact == "bn-relu":  # [2] appendix: no BN on the projection, the next unit's BN does it
         assert isinstance(unit(8, 16, 2, option="B").shortcut, nn.Conv2d)
@@ -278,6 +287,8 @@ COUNTS = [  # paper.md 3.7: depth, unit, arguments, parameters for 10 classes, f
     (110, "basic-relu-before-add", {}, 1_727_962, 1_733_812),
     (110, "basic-relu-preact", {}, 1_727_962, 1_733_812),
     (110, "basic-preact", {}, 1_727_962, 1_733_812),
+    (110, "basic-preact-raw-shortcut", {}, 1_727_962, 1_733_812),
+    (110, "basic-rescaled-dropout", {}, 1_727_962, 1_733_812),
     (110, "single", {}, 1_727_962, 1_733_812),
     (110, "single-preact", {}, 1_727_962, 1_733_812),
     (1202, "basic", {}, 19_421_274, 19_427_124),
@@ -287,6 +298,7 @@ COUNTS = [  # paper.md 3.7: depth, unit, arguments, parameters for 10 classes, f
     (1001, "bottleneck-preact", {}, 10_327_706, 10_350_836),
     (110, "basic-exclusive-gating", {}, 1_824_186, None),
     (110, "basic-shortcut-gating", {}, 1_824_186, None),
+    (110, "basic-exclusive-gating", {"gate_bn": True}, 1_826_202, None),
     (110, "basic-conv-shortcut", {}, 1_826_202, None),
     (110, "basic", {"option": "B"}, 1_730_714, 1_736_564),
 ]

@@ -312,6 +312,13 @@ class SinglePreAct(nn.Module):
         return h + self.residual(a)
 
 
+class BasicPreActRawShortcut(BasicPreAct):
+    """Left open by [2] for option A: a shortcut that changes the shape reads the raw signal, as an identity does."""
+
+    def forward(self, x):
+        return self.shortcut(x) + self.residual(relu(self.bn1(x)))
+
+
 # [2] Fig. 2(b)-(f): what stands on the shortcut. Each panel is written once and put over both bodies below.
 
 
@@ -327,12 +334,15 @@ class ConstantScaling:
 
 
 class Gating:
-    """g(x) = sigmoid(W_g x + b_g), a 1x1 convolution of the unit's input with the unit's stride and outputs."""
+    """g(x) = sigmoid(W_g x + b_g), a 1x1 convolution of the unit's input with the unit's stride and outputs. [2] leaves
+    open whether BN follows it as all others; with gate_bn it does, and b_g is its bias."""
 
-    def __init__(self, in_channels, channels, stride=1, gate_bias=-6.0, **body):
+    def __init__(self, in_channels, channels, stride=1, gate_bias=-6.0, gate_bn=False, **body):
         super().__init__(in_channels, channels, stride, **body)
-        self.gate = conv(1, in_channels, channels * self.expansion, stride, bias=True)
-        nn.init.constant_(self.gate.bias, gate_bias)
+        gate = conv(1, in_channels, channels * self.expansion, stride, bias=not gate_bn)
+        bn = nn.BatchNorm2d(channels * self.expansion)
+        self.gate = nn.Sequential(gate, bn) if gate_bn else gate
+        nn.init.constant_((bn if gate_bn else gate).bias, gate_bias)
 
 
 class ExclusiveGating(Gating):
@@ -386,6 +396,13 @@ class BasicDropoutShortcut(DropoutShortcut, Basic):
     """[2] Fig. 2(f)."""
 
 
+class BasicRescaledDropout(Basic):
+    """Left open by [2] for Fig. 2(f): what dropout keeps is doubled while training, so that the expected scale is 1."""
+
+    def forward(self, x):
+        return relu(dropout(self.shortcut(x), 0.5, self.training) + self.residual(x))
+
+
 class BottleneckConstantScaling(ConstantScaling, Bottleneck):
     """[2] Fig. 2(b), Section 5: ImageNet's ResNet-101."""
 
@@ -415,11 +432,13 @@ UNITS = {
     "basic-relu-before-add": BasicReLUBeforeAdd,
     "basic-relu-preact": BasicReLUPreAct,
     "basic-preact": BasicPreAct,
+    "basic-preact-raw-shortcut": BasicPreActRawShortcut,
     "basic-constant-scaling": BasicConstantScaling,
     "basic-exclusive-gating": BasicExclusiveGating,
     "basic-shortcut-gating": BasicShortcutGating,
     "basic-conv-shortcut": BasicConvShortcut,
     "basic-dropout-shortcut": BasicDropoutShortcut,
+    "basic-rescaled-dropout": BasicRescaledDropout,
     "bottleneck": Bottleneck,
     "bottleneck-plain": BottleneckPlain,
     "bottleneck-bn-after-add": BottleneckBNAfterAdd,

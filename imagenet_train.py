@@ -286,6 +286,7 @@ def parse_flags():
     add(
         "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
     )
+    add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
     add = parser.add_argument_group("evaluation").add_argument
     protocols = ", ".join(data.PROTOCOLS)
     add("--test", metavar="PROTOCOL[,...]", help=f"at the end of training, or with --evaluate: {protocols}")

@@ -101,7 +101,7 @@ def test_the_net_of_a_depth(flags):  # noqa: F811
         assert flags("--depth", depth, "--preact").unit == name + "-preact"
     assert flags("--depth", 34, "--unit-arg", "option=A").unit_args == {"option": "A"}
     args = flags("--depth", 101, "--unit", "bottleneck-exclusive-gating", "--unit-arg", "gate_bias=-7")
-    assert args.unit_args == {"option": "B", "gate_bias": -7.0}
+    assert args.unit_args == {"option": "B", "gate_bias": -7.0, "gate_bn": False}
     assert flags("--depth", 18, "--unit", "basic-plain").unit_args == {}
 
 

@@ -217,7 +217,6 @@ def test_stopped_and_continued(fork, undisturbed, number, tmp_path):
         assert status == (-9 if number == signal.SIGKILL else 128 + number), printed(out)
         assert not (out / "result.json").exists()  # the run was not over, or this test would show nothing
         assert 0 < checkpoint.load(out)["iteration"] < 256
-    (out / "checkpoint.pt.tmp").write_text("left over")
     assert equal(complete(fork, out), undisturbed)
     assert not list(out.glob("*.tmp"))
     assert printed(out).count("the same command continues it") == (0 if number == signal.SIGKILL else 2)
@@ -483,7 +482,10 @@ def two_checkpoints(folder):
 def test_damaged_checkpoint_is_not_used(world_of_one, tmp_path):
     """Falls back to the one before; with none readable it stops and starts nothing anew."""
     assert checkpoint.load(tmp_path) is None
+    for name in ("result.json.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("left over")
     run = two_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]  # what a run did not write is not its own
     newest = tmp_path / "checkpoint.pt"
     whole = newest.read_bytes()
     at = whole.index(torch.full((1,), 2.0).numpy().tobytes() * 8)  # within the weights

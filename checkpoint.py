@@ -173,20 +173,20 @@ def lost(error):
     if "gloo" not in str(error) and not isinstance(error, dist.DistError):
         raise error
     hangs, rank, answered = "Timed out" in str(error), dist.get_rank(), set()
-    others = set(range(dist.get_world_size())) - {rank}
-    store = dist.group.WORLD.get_group_store()
+    store, everyone = dist.group.WORLD.get_group_store(), range(dist.get_world_size())
 
     def call():  # the roll: who gets here has lost somebody, and who does not is lost
         with contextlib.suppress(RuntimeError):
             store.set(f"lost somebody: {rank}", "")
             while True:
-                answered.update(other for other in others if store.check([f"lost somebody: {other}"]))
+                answered.update(other for other in everyone if store.check([f"lost somebody: {other}"]))
                 time.sleep(0.1)
 
-    caller = threading.Thread(target=call, daemon=True)  # without torchrun process 0 keeps the store, and may hang
+    caller = threading.Thread(target=call, daemon=True)  # it may hang with the store
     caller.start()
     caller.join(10 if hangs else 1)
-    missing = " or ".join(map(str, sorted(others - answered)))
+    # Who does not even hear itself has lost the store, which without torchrun process 0 keeps.
+    missing = " or ".join(str(other) for other in everyone if other not in answered) if rank in answered else 0
     how = "does not answer" if hangs else "died"
     print(f"process {rank} lost process {missing}, which {how} ({error})", file=sys.stderr, flush=True)
     os._exit(1)

@@ -75,7 +75,7 @@ def evaluate(net, images, labels, mean, std, autocast, stop):
     for first in range(0, len(images), 250 * world):
         stop.check()
         mine = slice(first + rank, first + 250 * world, world)
-        with autocast, torch.compiler.set_stance("force_eager"):  # --compile is for the steps: no graphs for these sizes
+        with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes, even with --compile
             logits = net((images[mine].float() - mean) / std)
         wrong += (logits.argmax(dim=1) != labels[mine]).sum()
     dist.all_reduce(wrong)

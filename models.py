@@ -109,7 +109,7 @@ def flatten(net):
     offset = 0
     for layer in net.modules():
         for name, s in layer.named_buffers(recurse=False):
-            # .data: a version counter of its own, or in a compiled unit backward would take one BN's update for another's
+            # .data: with a version counter of its own, or backward of a compiled unit would refuse other BNs' updates
             setattr(layer, name, running[offset : offset + s.numel()].data)
             offset += s.numel()
     return shared, running

@@ -1,7 +1,7 @@
 """ResNet-164 of [2] out of timm's ResNetV2, a peer for benchmark.py: its layers, but for the first
 one, which is the papers', and the stride, which timm has on the 3x3.
 
-pip install timm; python benchmark.py step --depth 164 --unit bottleneck-preact --peer results/timm_resnetv2.py:resnet164
+python benchmark.py step --depth 164 --unit bottleneck-preact --peer results/timm_resnetv2.py:resnet164
 """
 
 from timm.layers import BatchNormAct2d, create_conv2d

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from models import cifar_resnet, flatten
+from models import cifar_resnet, compile_units, flatten
 from units import UNITS, arguments
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # [1] Section 4.2
@@ -75,7 +75,7 @@ def evaluate(net, images, labels, mean, std, autocast, stop):
     for first in range(0, len(images), 250 * world):
         stop.check()
         mine = slice(first + rank, first + 250 * world, world)
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes, even with --compile
             logits = net((images[mine].float() - mean) / std)
         wrong += (logits.argmax(dim=1) != labels[mine]).sum()
     dist.all_reduce(wrong)
@@ -119,7 +119,7 @@ def train(args, net, sets, state, run, stop, device):
         step(net, batches, shared, running, optimizer, scaler, autocast)
 
     changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-    if device.type == "cuda":
+    if device.type == "cuda" and not args.compile:
         draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
         iterate = graphed(iterate, draws, changing, args)
 
@@ -326,6 +326,7 @@ def parse_flags():
     add = parser.add_argument_group("the machine and the run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
     add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
+    add("--compile", action="store_true", help="compile the units (a minute or two first; on CUDA in place of a graph)")
     add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
     add(
         "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
@@ -425,6 +426,8 @@ def train_run(args, device, stop):
     with checkpoint.all_or_none():
         sets = None if done else load_sets(args)
         net = new_net(args).to(device, memory_format=torch.channels_last)
+        if args.compile and not done:
+            compile_units(net)
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out, flags)

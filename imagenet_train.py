@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from cifar_train import check_numbers, peak_memory, reduced, resolve_unit, restore, say, sgd, step
-from models import flatten, imagenet_resnet
+from models import compile_units, flatten, imagenet_resnet
 from units import UNITS
 
 DROPS = (1 / 3, 2 / 3)  # the learning rate is divided by 10 at epochs 30 and 60 of 90: [2] Section 5, [1] Fig. 4
@@ -61,7 +61,7 @@ def evaluate(nets, images, protocol, args, device, stop):
             for part, rows in zip(pixels.split(size), which.split(size), strict=True):
                 part, rows = data.normalise(part.to(device)), rows.to(device)
                 for net in nets:
-                    with autocast:
+                    with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
                         logits = net(part)
                     scores.index_add_(0, rows, logits.double().softmax(dim=1))
         hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(device).unsqueeze(1)
@@ -282,6 +282,7 @@ def parse_flags():
     add = parser.add_argument_group("the machine and the run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
     add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
+    add("--compile", action="store_true", help="compile the units: a minute or two first, then faster on a GPU")
     add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
     add(
         "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
@@ -413,6 +414,8 @@ def train_run(args, device, stop):
         torch.manual_seed(args.seed)
         net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
         net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            compile_units(net)
         flags = {name: value for name, value in vars(args).items() if name not in ("evaluate", "test", "recompute_bn")}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = checkpoint.load(args.out, flags)

@@ -1,0 +1,319 @@
+"""The defaults that make it fast, --compile and benchmark.py. Counts and equality; no test looks at a clock."""
+
+import itertools
+import json
+import signal
+import sys
+import types
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import benchmark
+import checkpoint
+import cifar_train
+import data
+import models
+import units
+
+TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --device cpu --warmup 0".split()
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    counters.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def prepared(depth, unit, dtype=torch.float32, micro=2):
+    """A net on its way through training: the arguments of cifar_train.step."""
+    torch.manual_seed(0)
+    net = models.cifar_resnet(depth, unit).to(dtype=dtype, memory_format=torch.channels_last)
+    shared, running = models.flatten(net)
+    lr = torch.tensor(0.1, dtype=dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, fused=True)
+    images = torch.randn(micro, 2, 3, 32, 32, dtype=dtype)
+    batches = [(part.contiguous(memory_format=torch.channels_last), torch.tensor([0, 1])) for part in images]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return net, batches, shared, running, optimizer, scaler, nullcontext()
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(operations):
+    """Those for whose result, or its shape, the host must wait. Indexing is one if by truth values."""
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    reads = [(func, args) for func, args in operations.seen if tags & set(func.tags)]
+    numbers = (torch.int32, torch.int64)
+    return [
+        func
+        for func, args in reads
+        if func is not torch.ops.aten.index.Tensor or any(i is not None and i.dtype not in numbers for i in args[1])
+    ]
+
+
+@pytest.mark.parametrize("name", ("basic", "bottleneck-preact", "basic-exclusive-gating", "basic-dropout-shortcut"))
+def test_the_step_reads_nothing_on_the_host(name):
+    depth = 8 if name.startswith("basic") else 11
+    net, batches, *rest = prepared(depth, units.UNITS[name])
+    images = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
+    mean, std = data.normalisation(images, "paper")
+    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
+    draws = data.batch_draws(1, 0, 4, 9, "cpu")
+    with Operations() as operations:
+        batches = [(data.augment(crops, mean_crops, std, d), batches[0][1]) for d in draws.chunk(2, dim=1)]
+        cifar_train.step(net, batches, *rest)
+    assert len(operations.seen) > 100 and not host_reads(operations)
+    with Operations() as operations:  # and the test would see one
+        rest[0].sum().item()
+        rest[0].nonzero()
+        rest[0][rest[0] > 0]
+    assert len(host_reads(operations)) == 3
+
+
+@pytest.mark.parametrize("name, most", [("basic", 10), ("basic-preact", 10), ("bottleneck-preact", 10), ("single", 11)])
+def test_operations_per_convolution(name, most):
+    """Forward and backward together; the optimizer, the statistics and the gradients' average cost the same at any
+    depth. (Convolution, BN and ReLU, each backwards too, and adding to three gradients are nine.)"""
+    unit, launches = units.UNITS[name], []
+    for count in (1, 2, 3):
+        words = prepared(3 * count * unit.weights + 2, unit, micro=1)
+        with benchmark.Traffic() as traffic:
+            cifar_train.step(*words)
+        launches.append(traffic.launches)
+    more, again = launches[1] - launches[0], launches[2] - launches[1]
+    assert 0 < more == again and more / (3 * unit.weights) <= most
+
+
+def test_defaults(monkeypatch, tmp_path):
+    """What cifar_train.py trains and evaluates is laid out and run as README says."""
+    seen, step = {}, cifar_train.step
+
+    def watched_output(net, images, logits):
+        if not net.training:
+            seen["evaluated"].append(logits.is_inference())
+
+    def watched_step(net, batches, shared, running, optimizer, *more):
+        step(net, batches, shared, running, optimizer, *more)
+        seen["step"] = (net, batches, optimizer)
+        if "evaluated" not in seen:
+            seen["evaluated"] = []
+            net.register_forward_hook(watched_output)
+
+    dist.destroy_process_group()
+    monkeypatch.setattr(cifar_train, "step", watched_step)
+    monkeypatch.setattr(sys, "argv", ["cifar_train.py", *TINY, "--iterations", "3", "--out", str(tmp_path / "run")])
+    assert cifar_train.main() == 0
+    net, batches, optimizer = seen["step"]
+    wide = [p for p in net.parameters() if p.dim() == 4 and p.shape[2] > 1]
+    assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+    assert all(p.grad.stride() == p.stride() for p in net.parameters())
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
+    assert optimizer.defaults["fused"] and all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+    assert seen["evaluated"] == [True]
+
+
+# --compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, depths", [("basic", (8, 20)), ("bottleneck-preact", (20, 29))])
+def test_compiled_steps_equal_plain_ones(name, depths):
+    """A handful of graphs, all made in the first step, and none more for a deeper net, a new learning rate, an
+    evaluation with a smaller last batch, or a net that goes on from a state."""
+    evaluated = torch.randint(256, (251, 3, 32, 32), dtype=torch.uint8), torch.zeros(251, dtype=torch.int64)
+    stop = types.SimpleNamespace(check=lambda: None)
+    for depth in depths:
+        nets = []
+        for compiled in (True, False):
+            net, batches, shared, running, optimizer, *more = prepared(depth, units.UNITS[name], torch.float64)
+            names, graphs = list(net.state_dict()), []
+            if compiled:
+                models.compile_units(net)
+            before = counters["stats"]["unique_graphs"]
+            for rate in (0.1, 0.1, 0.01, 0.001):
+                optimizer.param_groups[0]["lr"].fill_(rate)
+                cifar_train.step(net, batches, shared, running, optimizer, *more)
+                cifar_train.evaluate(net, *evaluated, torch.tensor(128.0).double(), 64.0, nullcontext(), stop)
+                graphs.append(counters["stats"]["unique_graphs"] - before)
+                net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+            if compiled and depth == depths[0]:
+                assert 3 <= graphs[0] <= 6
+                assert set(graphs) == {graphs[0]}
+            else:
+                assert set(graphs) == {0}
+            assert list(net.state_dict()) == names
+            nets.append(net)
+        for value, plain in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+            torch.testing.assert_close(value, plain, rtol=0, atol=1e-9)
+    assert not counters["graph_break"]
+
+
+def run(monkeypatch, *words):
+    """Run cifar_train.py in this process. Returns its exit status."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    monkeypatch.setattr(sys, "argv", ["cifar_train.py", *TINY, *map(str, words)])
+    try:
+        return cifar_train.main()
+    except SystemExit as error:
+        return error.code
+
+
+def test_a_compiled_run_continues_to_the_same_bits(monkeypatch, tmp_path):
+    """Stopped after 3 of 6 iterations, and it may go on with --compile or without."""
+    words = ["--compile", "--iterations", 6]
+    assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 0
+    check, calls = checkpoint.Stop.check, []
+
+    def stop_after_3(self, due=False):
+        calls.append(due)
+        if len(calls) == 4:
+            raise checkpoint.Stopped(signal.SIGTERM)
+        return check(self, due)
+
+    for out, again in (("parts", words), ("mixed", words[1:])):
+        calls.clear()
+        monkeypatch.setattr(checkpoint.Stop, "check", stop_after_3)
+        assert run(monkeypatch, *words, "--out", tmp_path / out) == 143
+        monkeypatch.setattr(checkpoint.Stop, "check", check)
+        assert checkpoint.load(tmp_path / out)["iteration"] == 3
+        assert run(monkeypatch, *again, "--out", tmp_path / out) == 0
+    whole, parts = (checkpoint.load(tmp_path / out)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert "stem.0.weight" in whole and not any("_orig_mod" in name for name in whole)
+
+
+def test_no_compiler_is_said_before_anything_is_begun(monkeypatch, tmp_path, capsys):
+    def compile(function):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert run(monkeypatch, "--compile", "--iterations", 6, "--out", tmp_path / "run") == 2
+    assert "torch.compile does not work here: no C++ compiler\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# benchmark.py
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    """Run benchmark.py with a clock of our own, on which ours takes 2 s, the other `other` s. Returns the exit status,
+    and what was printed as JSON or as it was."""
+
+    def start(*words, other=3.0):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        turns = itertools.count()
+
+        def seconds(work, args, times=1):
+            work()
+            return other + 0.1 * (next(turns) % 3) if getattr(work, "__name__", "") == "theirs" else 2.0
+
+        monkeypatch.setattr(benchmark, "seconds", seconds)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words)])
+        try:
+            status = benchmark.main()
+        except SystemExit as error:
+            status = error.code
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out) if "--json" in words and status != 2 else printed.out + printed.err
+
+    return start
+
+
+STEP = "step --depth 8 --batch-size 2 --pairs 3 --json".split()
+
+
+def test_ratios_of_pairs(measure):
+    status, record = measure(*STEP)
+    ours, theirs = record["figures"].values()
+    assert status == 0 and ours == {"seconds": 2.0, "ratio": [1, 1, 1]}
+    assert 1.5 <= theirs["ratio"][0] <= theirs["ratio"][1] <= theirs["ratio"][2] <= 1.6
+    assert record["notes"]["parameters"] == 75_290 and record["notes"]["equal"] is True
+    assert record["environment"]["threads"] == 1 and len(record["environment"]["load average"]) == 2
+    assert [measure(*STEP, "--min-ratio", r)[0] for r in (1.4, 1.7)] == [0, 1]
+
+
+def test_floor_counts_what_a_step_does(measure):
+    """ResNet-8's multiplications, three times: forward, and backward to the input (but not to the images) and to the
+    weights; twice as many images need twice the FLOPs in as many launches."""
+    two, four = (measure(*STEP, "--batch-size", n)[1]["notes"] for n in (2, 4))
+    first, stage = 32**2 * 9 * 3 * 16, 32**2 * 9 * 16 * 16
+    later = sum((32 // 2**s) ** 2 * 9 * (16 * 2**s) ** 2 * 1.5 for s in (1, 2))
+    forward = 2 * 2 * (first + 2 * stage + later + 640)
+    assert two["FLOPs"] == 3 * forward - 2 * 2 * first
+    assert four["FLOPs"] == 2 * two["FLOPs"] and four["launches"] == two["launches"]
+    with benchmark.Traffic() as traffic:
+        torch.ones(1000).view(10, 100).t().add(1)
+    assert (traffic.launches, traffic.bytes) == (2, 3 * 4000)
+
+
+def test_any_peer(measure, tmp_path):
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "from torch import nn\ndef small(classes=10): return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))\n"
+        "def wrong(): return nn.Linear(4, 4)\ndef none(): pass\n"
+    )
+    for name in ("small", "small(classes=10)"):
+        status, record = measure(*STEP, "--peer", f"{peer}:{name}")
+        assert status == 0 and record["notes"]["the other's parameters"] == 30_730 and not record["notes"]["equal"]
+    assert measure(*STEP, "--dataset", "imagenet", "--depth", 18, "--peer", "torchvision.models:resnet18")[0] == 0
+    for name in (f"{peer}:wrong", f"{peer}:none", f"{peer}:absent", "absent.py:net", "no_module:net", "math", ""):
+        status, printed = measure(*STEP, "--peer", name)
+        assert status == 2 and f"--peer {name}" in printed and "Traceback" not in printed, name
+
+
+@pytest.mark.parametrize("words", (pytest.param("step --compile", marks=pytest.mark.slow), "evaluate", "depth", "data"))
+def test_every_figure_is_printed(measure, monkeypatch, words):
+    monkeypatch.setattr(benchmark, "DEPTHS", {8: "basic", 11: "bottleneck-preact"})
+    size = {"step": ["--depth", 8, "--batch-size", 2], "evaluate": ["--depth", 8]}.get(words.split()[0], [])
+    status, printed = measure(*words.split(), *size, "--pairs", 1)
+    assert status == 0
+    for part in ("## `benchmark.py", "| times the first: median (quartiles) |", "load average: ", "torch: "):
+        assert part in printed
+    for part in {"step --compile": ["compiled graphs: 5"], "depth": ["11: checkpoint, bytes"]}.get(words, []):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("step --depth 21", "depth 21 is impossible"),
+        ("step --dataset imagenet --depth 20", "depth 20 is impossible"),
+        ("step --batch-size 0", "--batch-size must be at least 1"),
+        ("evaluate --threads 0", "--threads must be at least 1"),
+        ("data --pairs 0", "--pairs must be at least 1"),
+        ("data --depth 20", "unrecognized arguments"),
+        ("step --unit gated", "invalid choice"),
+        ("", "required"),
+    ],
+)
+def test_bad_input(measure, words, message):
+    status, printed = measure(*words.split())
+    assert status == 2 and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(measure):
+    for flag in ("--device", "--clock"):
+        status, printed = measure(*STEP, flag, "cuda")
+        assert status == 2 and "GPU" in printed

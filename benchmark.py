@@ -160,7 +160,7 @@ def step(args, device):
     net.to(device, memory_format=torch.channels_last)
     images, labels = images.to(device), labels.to(device)
     shared, running = flatten(net)
-    optimizer, autocast = cifar_train.sgd(net, args), cifar_train.reduced(args.precision, device)
+    optimizer, autocast = cifar_train.sgd(net, args.lr), cifar_train.reduced(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     def ours(_=None):
@@ -240,7 +240,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def loading(args, device):
-    """Augmented CIFAR images on the CPU, ours beside torchvision's transforms of PIL images in a DataLoader."""
+    """Augmented images on the CPU, ours beside torchvision's transforms of PIL images: CIFAR's, and JPEG files."""
     images = data.load_cifar("synthetic", None, 5120)[0]
     mean, std = data.normalisation(images, "paper")
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
@@ -256,9 +256,38 @@ def loading(args, device):
         for _ in torch.utils.data.DataLoader(pictures, 128, shuffle=True, num_workers=workers):
             pass
 
-    works = {f"PIL and DataLoader, {n} workers": functools.partial(theirs, n) for n in (0, 2)}
-    figures = compare({"ours": ours} | works, args)
-    return figures, {f"{name}, images/s": len(images) / figure["seconds"] for name, figure in figures.items()}
+    works = {f"CIFAR: PIL and DataLoader, {n} workers": functools.partial(theirs, n) for n in (0, 2)}
+    figures = compare({"CIFAR: ours": ours} | works, args)
+    notes = {f"{name}, images/s": len(images) / figure["seconds"] for name, figure in figures.items()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = data.ImageFiles(pathlib.Path(args.data or made_photographs(folder)))
+        crop = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        chain = transforms.Compose([*crop, transforms.Normalize(data.MEAN, data.STD)])
+        keys = [(0, index) for index in range(len(files))][:200]
+
+        def jpeg(augment):
+            view = functools.partial(data.augmented, augment=augment, crop=224, seed=1)
+            data.Views(files, view, data.train_batch).__getitems__(keys)
+
+        def pil():
+            torch.stack([chain(files.open(index).convert("RGB")) for _, index in keys])
+
+        works = {f"JPEG: ours, {augment}": functools.partial(jpeg, augment) for augment in ("scale-aspect", "scale")}
+        found = compare(works | {"JPEG: PIL, RandomResizedCrop, flip, ToTensor, Normalize": pil}, args)
+    notes |= {f"{name}, images/s": len(keys) / figure["seconds"] for name, figure in found.items()}
+    return figures | found, notes
+
+
+def made_photographs(folder):
+    """Fifty JPEG files of 500 x 375 as a folder of one class."""
+    pathlib.Path(folder, "made").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        coarse = PIL.Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.array(coarse) // 2 + rng.integers(0, 32, (375, 500, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noisy).save(f"{folder}/made/{i}.jpg", quality=85)
+    return folder
 
 
 def depth(args, device):
@@ -269,7 +298,7 @@ def depth(args, device):
         net, images, labels = build(argparse.Namespace(dataset="cifar10", depth=depth, unit=unit, batch_size=1))
         notes[f"{depth}: construction, s"] = clock(args) - began
         shared, running = flatten(net.to(device, memory_format=torch.channels_last))
-        optimizer, scaler = cifar_train.sgd(net, args), torch.amp.GradScaler(device.type, enabled=False)
+        optimizer, scaler = cifar_train.sgd(net, args.lr), torch.amp.GradScaler(device.type, enabled=False)
         batches, autocast = [(images.to(device), labels.to(device))], cifar_train.reduced("float32", device)
         words = net, batches, shared, running, optimizer, scaler, autocast
         works[f"{depth}: step of one image, per weight layer"] = functools.partial(cifar_train.step, *words)
@@ -308,6 +337,10 @@ def parse_flags():
             add("--batch-size", type=int, default=128, metavar="N", help="images in the one micro-batch (default 128)")
             add("--compile", action="store_true", help="compile the units")
             add("--peer", metavar="FILE.py:CALLABLE", help="or MODULE:CALLABLE; what it returns is trained beside ours")
+        if name == "data":
+            add(
+                "--data", metavar="DIR", help="class folders of JPEG files, such as ImageNet's train (default: made up)"
+            )
         if name != "depth":
             add("--min-ratio", type=float, metavar="R", help="exit status 1 when other / ours, lower quartile, is less")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")

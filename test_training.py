@@ -242,7 +242,7 @@ def test_weight_decay_and_momentum(flags):
         assert "fc.weight" in decayed and "stages.0.0.gate.weight" in decayed
         assert not any(name.endswith("bias") or ".bn" in name for name in decayed)
         assert len(weights["params"]) + len(others["params"]) == len(names)
-    groups = cifar_train.sgd(net, flags("--decay-all")).param_groups
+    groups = cifar_train.sgd(net, 0.1, decay_all=flags("--decay-all").decay_all).param_groups
     assert {(group["weight_decay"], group["nesterov"]) for group in groups} == {(1e-4, False)}
 
 

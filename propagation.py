@@ -141,7 +141,7 @@ def page(found, picture):
     lines = [
         "# Signal and gradient through depth: [2] Sections 2 and 3",
         "",
-        f"Written by `python propagation.py`: {2 * last + 2} layers, a new net of each unit, 16 images of noise.",
+        f"Written by `python propagation.py --depth {2 * last + 2}`: a new net of each unit, 16 images of noise.",
         *("", f"![signal and gradient through depth]({picture})", "", SEE),
         f"| unit | lambda | shortcuts alone, eq. (8) | measured | a unit (the last {some}) | gradient | signal |",
         "|---|---|---|---|---|---|---|",

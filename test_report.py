@@ -195,13 +195,13 @@ def test_responses_are_the_std_after_bn(tmp_path, monkeypatch, capsys):
     """[1] Fig. 7 on a small net, against the same numbers taken unit by unit."""
     import torch
 
-    import data
     import models
     import units
 
     torch.manual_seed(0)
     net = models.cifar_resnet(14, units.Basic)
     state = {"model": net.state_dict(), "mean": torch.full((3, 32, 32), 120.0), "std": torch.ones(3, 1, 1)}
+    state |= {"schema": checkpoint.SCHEMA, "flags": {}}
     torch.save(state, tmp_path / "checkpoint.pt")
     config = {"depth": 14, "unit": "basic", "unit_args": {"option": "A"}, "dataset": "synthetic", "data": None}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -94,10 +94,20 @@ def all_or_none(source=None):
         if source is None:
             raise
         problem = f"{source} does not fit this code: {type(error).__name__}: {error}"
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        fail(problem)
+    some = torch.tensor(problem is not None)
+    dist.all_reduce(some, dist.ReduceOp.MAX)
+    if some:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        fail(next(filter(None, problems)))
+
+
+def agree(folder, *facts):
+    """Processes, perhaps of several machines, that have read different things of a run's folder end with status 2."""
+    read = [None] * dist.get_world_size()
+    dist.all_gather_object(read, facts)
+    if any(there != facts for there in read):
+        fail(f"the processes see different states of {folder}: is it one folder on all machines?")
 
 
 class Stopped(Exception):

@@ -370,12 +370,16 @@ def resolve_unit(args, bottlenecks, **defaults):
     del args.unit_arg
 
 
-def check_numbers(args, **minima):
-    """Raises ValueError when a flag is below its minimum or the batches cannot be divided as they are said to be."""
-    minima |= dict(batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
+def at_least(args, **minima):
+    """Raises ValueError when a flag is below its minimum."""
     for name, least in minima.items():
         if not getattr(args, name) >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def check_recipe(args):
+    """Raises ValueError when a number of the recipe is impossible or the batches cannot be divided as said."""
+    at_least(args, batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be a positive number, not {args.lr}")
     if args.batch_size % args.micro_batch:
@@ -397,7 +401,8 @@ def resolve(args):
     args.micro_batch = max(args.batch_size // 2, 1) if args.micro_batch is None else args.micro_batch
     args.warmup = min(recipe["warmup"], args.iterations // 16) if args.warmup is None else args.warmup
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    check_numbers(args, iterations=1, warmup=0, val_split=0, images=0)
+    check_recipe(args)
+    at_least(args, iterations=1, warmup=0, val_split=0, images=0)
 
 
 def evaluate_run(flags, device, stop):
@@ -431,6 +436,7 @@ def train_run(args, device, stop):
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out, flags)
+    checkpoint.agree(args.out, done, state and state["iteration"])
     result = None if done else train(args, net, sets, state, run, stop, device)
     status = run.finish(result) if run and not done else 0
     if run and (run.folder / "result.json").exists():

@@ -139,19 +139,24 @@ EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836
 
 
 def load_imagenet(dataset, root, limit=0):
-    """The training and the validation images, opened by index.
-
-    dataset: "imagenet", in root/train/<class>/ and root/val/<class>/, or "synthetic", which needs nothing: `limit`
-    images of 10 classes, and a fifth as many for validation. Raises ValueError when the folders are not such.
-    """
-    if dataset == "synthetic":
-        return SyntheticImages(limit, 0), SyntheticImages(math.ceil(limit / 5), limit)
-    train, val = (ImageFiles(pathlib.Path(root, part)) for part in ("train", "val"))
+    """The training and the validation images. Raises ValueError when their classes differ; else see `imagenet_part`."""
+    train, val = (imagenet_part(dataset, root, part, limit) for part in ("train", "val"))
     differ = sorted({*train.classes} ^ {*val.classes})
     if differ:
         only = "train" if differ[0] in train.classes else "val"
         raise ValueError(f"{root}: train and val differ in {len(differ)} classes: {differ[0]} is in {only} alone")
     return train, val
+
+
+def imagenet_part(dataset, root, part, limit=0):
+    """The images of a part, "train" or "val", opened by index.
+
+    dataset: "imagenet", in root/train/<class>/ and root/val/<class>/, or "synthetic", which needs nothing: `limit`
+    images of 10 classes, and a fifth as many for validation. Raises ValueError when the folder is not such.
+    """
+    if dataset == "synthetic":
+        return SyntheticImages(limit, 0) if part == "train" else SyntheticImages(math.ceil(limit / 5), limit)
+    return ImageFiles(pathlib.Path(root, part))
 
 
 class ImageFiles:
@@ -167,9 +172,12 @@ class ImageFiles:
             )
         try:
             found = ImageFolder(folder)
+            hidden = [name for name in found.classes if name.startswith(".")]
+            if hidden:
+                raise FileNotFoundError(f"{folder / hidden[0]} is no class.")
         except FileNotFoundError as error:
             raise ValueError(
-                f"{error} A folder without images has to go; how val's images are sorted into the folders of their "
+                f"{error} A folder that is no class has to go; how val's images are sorted into the folders of their "
                 "classes: README.md, ImageNet"
             ) from None
         self.classes, self.labels = found.classes, np.array(found.targets)
@@ -285,7 +293,8 @@ def augmented(image, epoch, index, augment, crop, seed):
     return pixels.flip(1) if rng.random() < 0.5 else pixels, torch.from_numpy(draws).float()
 
 
-# The papers' test views. A protocol is the shorter sides that the image is scaled to, and what is cut out of each.
+# The papers' test views. A protocol is the shorter sides that the image is scaled to, the size and the places of what
+# is cut out of each, and whether the flips of these are views too.
 
 
 def centre(pixels, size):
@@ -293,30 +302,28 @@ def centre(pixels, size):
     return [pixels[top : top + size, left : left + size]]
 
 
-def ten(pixels, size):
-    """The four corners and the centre, and their flips."""
+def corners_and_centre(pixels, size):
     height, width = pixels.shape[:2]
-    crops = [pixels[y : y + size, x : x + size] for y in (0, height - size) for x in (0, width - size)]
-    crops += centre(pixels, size)
-    return crops + [crop.flip(1) for crop in crops]
+    corners = [pixels[y : y + size, x : x + size] for y in (0, height - size) for x in (0, width - size)]
+    return corners + centre(pixels, size)
 
 
 def whole(pixels, size):
-    """The whole image, for a net that is used fully convolutionally, and its flip."""
-    return [pixels, pixels.flip(1)]
+    """For a net that is used fully convolutionally."""
+    return [pixels]
 
 
 PROTOCOLS = {
-    "1-crop": ([256], 224, centre),  # [1] Fig. 4, [2] Table 5 with test crop 224
-    "1-crop-320": ([320], 320, centre),  # [2] Table 5
-    "10-crop": ([256], 224, ten),  # [1] Tables 2 and 3
-    "multi-scale": ([224, 256, 384, 480, 640], 224, whole),  # [1] Tables 4 and 5
+    "1-crop": ([256], 224, centre, False),  # [1] Fig. 4, [2] Table 5 with test crop 224
+    "1-crop-320": ([320], 320, centre, False),  # [2] Table 5
+    "10-crop": ([256], 224, corners_and_centre, True),  # [1] Tables 2 and 3
+    "multi-scale": ([224, 256, 384, 480, 640], 224, whole, True),  # [1] Tables 4 and 5
 }
 
 
 def test_views(image, index, protocol, crop):
-    """The views (H, W, 3) of an opened image that a protocol averages over; all sizes times crop / 224."""
-    shorts, size, cut = PROTOCOLS[protocol]
+    """The views (H, W, 3) of an opened image that a protocol averages over, but for flips; sizes times crop / 224."""
+    shorts, size, cut, _ = PROTOCOLS[protocol]
     shorts, size = [round(s * crop / 224) for s in shorts], round(size * crop / 224)
     return [view for pixels in scaled(image, *shorts) for view in cut(pixels, size)]
 
@@ -329,14 +336,21 @@ def train_batch(made):
 
 
 def test_batch(made):
-    """Stack the views of `test_views`, those of one size together: [(pixels (K, H, W, 3), which image (K,)), ...] and
-    the labels (N,)."""
+    """The views of `test_views` end to end in one flat tensor (of many tensors each would hold a file descriptor), the
+    (image within the batch, shape) of each, and the labels (N,)."""
+    views = [(i, view) for i, (views, _) in enumerate(made) for view in views]
+    flat = torch.cat([view.flatten() for _, view in views] or [torch.empty(0, dtype=torch.uint8)])
+    labels = torch.tensor([label for _, label in made], dtype=torch.int64)
+    return flat, [(i, tuple(view.shape)) for i, view in views], labels
+
+
+def same_size(flat, views):
+    """Stack what `test_batch` has laid end to end: [(pixels (K, H, W, 3), image of each (K,)), ...]."""
     groups = {}
-    for i, (views, _) in enumerate(made):
-        for view in views:
-            groups.setdefault(view.shape, []).append((view, i))
-    stacked = [(torch.stack([v for v, _ in group]), torch.tensor([i for _, i in group])) for group in groups.values()]
-    return stacked, torch.tensor([label for _, label in made], dtype=torch.int64)
+    for (i, shape), part in zip(views, flat.split([math.prod(shape) for _, shape in views]), strict=True):
+        groups.setdefault(shape, []).append((part.view(shape), i))
+    groups = [zip(*group, strict=True) for group in groups.values()]
+    return [(torch.stack(pixels), torch.tensor(which)) for pixels, which in groups]
 
 
 class Views:
@@ -351,7 +365,7 @@ class Views:
             try:
                 with self.images.open(index) as image:
                     made.append((self.view(image, *key, index), int(self.images.labels[index])))
-            except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+            except Exception as error:  # a damaged file may raise anything
                 return ValueError(
                     f"{self.images.name(index)} cannot be read: {error}. Put a whole copy in its place; the same "
                     "command then goes on"
@@ -366,6 +380,7 @@ def load_views(images, view, stack, batches, workers, device, start_worker):
         Views(images, view, stack),
         batch_sampler=batches,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # others would import torch anew in each
         collate_fn=as_it_is,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
@@ -398,25 +413,30 @@ def image_batches(seed, n, batch_size, micro_batch, mine, iteration):
 def normalise(pixels, draws=None):
     """Pixels (N, H, W, 3) as the net reads them, float (N, 3, H, W): less the channels' mean, divided by their standard
     deviation. With the draws of `augmented` the colours are changed before."""
+    mean, std, grey, components = colours(pixels.device)
     images = pixels.permute(0, 3, 1, 2).float() / 255
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     if draws is None:
         return (images - mean) / std
     if draws.shape[1] > 3:
-        images = jitter(images, draws[:, 3:6], draws[:, 6:9].long())
-    # AlexNet's: along the principal components of ImageNet's colours
-    lighting = (draws[:, :3] * draws.new_tensor(EIGENVALUES)) @ draws.new_tensor(EIGENVECTORS).T
+        images = jitter(images, draws[:, 3:6], draws[:, 6:9].long(), grey)
+    lighting = draws[:, :3].float() @ components  # AlexNet's: along the principal components of ImageNet's colours
     return (images + (lighting.view(-1, 3, 1, 1) - mean)) / std
 
 
-def jitter(images, factors, order):
+@functools.cache
+def colours(device):
+    """Mean, std and grey as (3, 1, 1), and the components (3, 3) that lighting adds, on a device."""
+    vectors = [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD, (0.299, 0.587, 0.114))]
+    return *vectors, (torch.tensor(EIGENVECTORS) * torch.tensor(EIGENVALUES)).T.to(device)
+
+
+def jitter(images, factors, order, grey):
     """Brightness, contrast and saturation, each times its factor (N, 3), one after another in each image's own order
     (N, 3): a blend with black, with the mean of its grey image, with its grey image."""
     for kind in order.T:
         factor = factors.gather(1, kind[:, None]).view(-1, 1, 1, 1)
-        grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
-        kind = kind.view(-1, 1, 1, 1)
-        other = grey * (kind == 2) + grey.mean(dim=(2, 3), keepdim=True) * (kind == 1)
+        kind, shade = kind.view(-1, 1, 1, 1), (images * grey).sum(dim=1, keepdim=True)
+        other = shade * (kind == 2) + shade.mean(dim=(2, 3), keepdim=True) * (kind == 1)
         images = factor * images + (1 - factor) * other
     return images
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from cifar_train import check_numbers, peak_memory, reduced, resolve_unit, restore, say, sgd, step
+from cifar_train import at_least, check_recipe, peak_memory, reduced, resolve_unit, restore, say, sgd, step
 from models import compile_units, flatten, imagenet_resnet
 from units import UNITS
 
@@ -47,6 +47,7 @@ def evaluate(nets, images, protocol, args, device, stop):
         for first in range(0, len(images), size * world)
     ]
     view = functools.partial(data.test_views, protocol=protocol, crop=args.crop)
+    flips = data.PROTOCOLS[protocol][-1]
     autocast = reduced(args.precision, device)
     right = torch.zeros(2, dtype=torch.int64, device=device)
     for net in nets:
@@ -55,15 +56,16 @@ def evaluate(nets, images, protocol, args, device, stop):
     for _ in batches:
         stop.check()
         with checkpoint.all_or_none():
-            groups, labels = next(stream)
+            flat, views, labels = next(stream)
         scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
-        for pixels, which in groups:
-            for part, rows in zip(pixels.split(size), which.split(size), strict=True):
-                part, rows = data.normalise(part.to(device)), rows.to(device)
-                for net in nets:
-                    with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
-                        logits = net(part)
-                    scores.index_add_(0, rows, logits.double().softmax(dim=1))
+        for pixels, which in data.same_size(flat.to(device), views):
+            for part, rows in zip(pixels.split(size), which.to(device).split(size), strict=True):
+                part = data.normalise(part)
+                for turned in (part, part.flip(3)) if flips else (part,):
+                    for net in nets:
+                        with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
+                            logits = net(turned)
+                        scores.index_add_(0, rows, logits.double().softmax(dim=1))
         hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(device).unsqueeze(1)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
     dist.all_reduce(right)
@@ -144,7 +146,7 @@ def train(args, net, sets, state, run, stop, device):
                     break
                 save()
                 saved = time.monotonic()
-            with checkpoint.all_or_none(), clock:
+            with clock, checkpoint.all_or_none():
                 batches = [next(stream) for _ in mine]
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr_at(iteration, args))
@@ -152,6 +154,7 @@ def train(args, net, sets, state, run, stop, device):
             batches = [[t.to(device, non_blocking=True) for t in batch] for batch in batches]
             batches = [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
             step(net, batches, shared, running, optimizer, scaler, autocast)
+            clock.stepped()
             sums[:2] += shared[-2:]
             if iteration >= args.iterations - tail:
                 sums[2] += shared[-2]
@@ -189,23 +192,41 @@ class Waiting:
     once, when it passes 30 %."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.warned = args, device, dist.get_rank() > 0
+        self.args, self.warned, self.cuda = args, dist.get_rank() > 0, device.type == "cuda"
         self.restart()
 
     def restart(self):
         self.began, self.waited, self.batches = time.monotonic(), 0.0, 0
+        self.done, self.pending = None, []
 
     def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # what is still computing is not waiting
         self.start = time.monotonic()
 
     def __exit__(self, *error):
-        self.waited += time.monotonic() - self.start
+        waited = time.monotonic() - self.start
+        if not self.cuda:
+            self.waited += waited
+        elif self.done:
+            self.pending.append((self.done, self.mark(), waited))
+        while self.pending and self.pending[0][1].query():  # read when the GPU has passed them, which is not waited for
+            done, ready, waited = self.pending.pop(0)
+            self.waited += min(waited, done.elapsed_time(ready) / 1000)  # while it still computed it did not wait
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stepped(self):
+        """A step has been launched. The first of a sitting or an epoch starts the clock: workers start before it."""
+        self.done = self.mark() if self.cuda else None
         self.batches += 1
-        if self.batches >= 20 and self.share() > 0.3 and not self.warned:
+        if self.batches == 1:
+            self.began, self.waited = time.monotonic(), 0.0
+        elapsed = time.monotonic() - self.began
+        if self.batches > 100 and self.waited > 0.3 * elapsed and not self.warned:
             self.warned = True
-            images, elapsed = self.batches * self.args.batch_size, time.monotonic() - self.began
+            images = (self.batches - 1) * self.args.batch_size
             say(
                 f"input-bound: {self.share():.0%} of the time is spent waiting for data. The loader delivers "
                 f"{images / elapsed:,.0f} images/s, the net takes {images / (elapsed - self.waited):,.0f} "
@@ -218,10 +239,10 @@ class Waiting:
 
 @torch.inference_mode()
 def recompute_bn(net, images, n, args, device):
-    """BN's statistics as the true mean and variance over n training views, as the authors did before
-    they published their nets ([1], github.com/KaimingHe/deep-residual-networks)."""
+    """BN's statistics as the true mean and variance over n training views, in whole
+    micro-batches, as the authors did before they published their nets (github.com/KaimingHe/deep-residual-networks)."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    total = max(n // args.micro_batch, 1)
+    total = math.ceil(n / args.micro_batch)
     layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     moments = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=device) for layer in layers]
 
@@ -271,7 +292,7 @@ def parse_flags():
     add("--data", metavar="DIR", help="where train/<class>/ and val/<class>/ lie (default data/imagenet)")
     add("--augment", choices=data.AUGMENT, default="scale", help="scale is the papers' (default scale)")
     add("--crop", type=int, default=224, metavar="N", help="pixels; every size scales along (default 224)")
-    add("--images", type=int, default=1000, metavar="N", help="how many synthetic ones to train on (default 1000)")
+    add("--images", type=int, metavar="N", help="how many synthetic ones to train on (default 1000)")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: the cores of a process)")
     add = parser.add_argument_group("the recipe").add_argument
     add("--epochs", type=int, default=90, metavar="N", help="the drops scale along (default 90)")
@@ -285,7 +306,11 @@ def parse_flags():
     add("--compile", action="store_true", help="compile the units: a minute or two first, then faster on a GPU")
     add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
     add(
-        "--checkpoint-seconds", type=float, default=60, metavar="S", help="what a kill may cost; 0: a step (default 60)"
+        "--checkpoint-seconds",
+        type=float,
+        default=300,
+        metavar="S",
+        help="what a kill may cost; 0: a step (default 300)",
     )
     add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
     add = parser.add_argument_group("evaluation").add_argument
@@ -306,8 +331,9 @@ def resolve(args):
     resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = max(os.cpu_count() // processes, 1) if args.workers is None else args.workers
+    args.workers = max(cores // processes, 1) if args.workers is None else args.workers
     args.test = args.test.split(",") if args.test else []
     for protocol in args.test:
         if protocol not in data.PROTOCOLS:
@@ -315,13 +341,21 @@ def resolve(args):
     if args.evaluate:
         if len(args.evaluate) > 1 and not args.out:
             raise ValueError("--evaluate of several runs needs a folder of its own: --out DIR")
+        if args.out and pathlib.Path(args.out, "config.json").exists():
+            raise ValueError(f"--out {args.out} is the folder of a training run: choose another for the evaluation")
+        args.batch_size = 32 if args.batch_size is None else args.batch_size
+        at_least(args, batch_size=1, workers=0, recompute_bn=0)
         return
     if args.recompute_bn:
         raise ValueError("--recompute-bn goes with --evaluate")
+    if args.dataset == "imagenet" and args.images is not None:
+        raise ValueError("--images goes with --dataset synthetic")
+    args.images = 1000 if args.images is None else args.images
     args.batch_size = 256 if args.batch_size is None else args.batch_size
     args.micro_batch = max(args.batch_size // 8, 1) if args.micro_batch is None else args.micro_batch
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    check_numbers(args, epochs=1, crop=32, images=1, workers=0)
+    check_recipe(args)
+    at_least(args, epochs=1, crop=32, images=1, workers=0)
 
 
 def papers_figures(args, protocol):
@@ -332,7 +366,8 @@ def papers_figures(args, protocol):
     name += f"-{option}" if option and (body == "basic" or option != "B") else ""
     name += "-scale-aspect" if args.augment == "scale-aspect" else ""
     with open(pathlib.Path(__file__).parent / "paper" / "tables.csv", newline="") as file:
-        found = {cell["metric"]: cell["paper"] for cell in csv.DictReader(file) if cell["run"] == name}
+        cells = [cell for cell in csv.DictReader(file) if cell["run"] == name and cell["paper"] != "-"]
+    found = {cell["metric"]: cell["paper"] for cell in cells}
     figures = [found[f"{protocol} {top}"] for top in ("top-1", "top-5") if f"{protocol} {top}" in found]
     return f" (the paper, all of ImageNet: {', '.join(figures)})" if figures else ""
 
@@ -351,14 +386,14 @@ def test(nets, images, protocols, args, device, stop, folder, more, write):
 
 
 def read_run(folder):
-    """(flags, net, classes) of a run. Raises ValueError when its folder does not hold one."""
+    """(flags, net, checkpoint) of a run. Raises ValueError when its folder does not hold one."""
     args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
     state = checkpoint.load(folder)
     if state is None:
         raise ValueError(f"{folder} holds no checkpoint")
     net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
     net.load_state_dict(state["model"])
-    return args, net, state["classes"]
+    return args, net, state
 
 
 def check_classes(folder, classes, images):
@@ -375,10 +410,12 @@ def evaluate_runs(flags, device, stop):
         if lacking:
             raise ValueError(f"there is no run in {', '.join(lacking)}")
         runs = [read_run(folder) for folder in flags.evaluate]
-        args, _, classes = runs[0]
-        train_images, images = data.load_imagenet(args.dataset, flags.data or args.data, args.images)
-        for folder, (other, net, its_classes) in zip(flags.evaluate, runs, strict=True):
-            check_classes(folder, its_classes, images)
+        args = runs[0][0]
+        place = args.dataset, flags.data or args.data
+        images = data.imagenet_part(*place, "val", args.images)
+        train_images = data.imagenet_part(*place, "train", args.images) if flags.recompute_bn else None
+        for folder, (other, net, state) in zip(flags.evaluate, runs, strict=True):
+            check_classes(folder, state["classes"], images)
             if (other.dataset, other.crop) != (args.dataset, args.crop):
                 raise ValueError(f"{folder} and {flags.evaluate[0]} differ in data set or crop")
             net.to(device, memory_format=torch.channels_last)
@@ -391,16 +428,25 @@ def evaluate_runs(flags, device, stop):
                 checkpoint.write(path, checkpoint.as_json(content))
 
     for other, net, _ in runs:
-        other.workers, other.micro_batch = flags.workers, flags.batch_size or 32
+        other.workers = flags.workers
         if flags.recompute_bn:
             recompute_bn(net, train_images, flags.recompute_bn, other, device)
-    made = {"runs": flags.evaluate, "recompute_bn": flags.recompute_bn}
+    args.micro_batch = flags.batch_size
+    made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
+    made |= {"recompute_bn": flags.recompute_bn}
     found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made, write)
     if flags.out:
         done = {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
         done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
         write(out / "result.json", done)
     return 0
+
+
+def final(folder, protocol, iterations):
+    """Has the net of a run's last iteration been evaluated under a protocol, as training left it?"""
+    path = pathlib.Path(folder, f"{protocol}.json")
+    made = checkpoint.read_json(path) if path.exists() else {}
+    return made.get("iterations") == [iterations] and made.get("recompute_bn") == 0
 
 
 def train_run(args, device, stop):
@@ -421,23 +467,29 @@ def train_run(args, device, stop):
         state = checkpoint.load(args.out, flags)
         if state:
             check_classes(args.out, state["classes"], sets[1])
+        path = pathlib.Path(args.out, "result.json")
+        done = checkpoint.read_json(path) if path.exists() else None
+        protocols = [name for name in args.test if not final(args.out, name, args.iterations)]
+        if done and done["diverged"]:
+            protocols = []
+        elif done and protocols and (state is None or state["iteration"] != args.iterations):
+            raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to evaluate")
+    checkpoint.agree(args.out, done, protocols, state and state["iteration"])
 
     def write(path, content):
         if run:
             run.write(path, checkpoint.as_json(content))
 
-    done = pathlib.Path(args.out, "result.json").exists()
-    result = None if done else train(args, net, sets, state, run, stop, device)
-    protocols = [name for name in args.test if not pathlib.Path(args.out, f"{name}.json").exists()]
-    if protocols and not (result or checkpoint.read_json(pathlib.Path(args.out, "result.json")))["diverged"]:
-        if done:
-            net.load_state_dict(state["model"])
-        test([net], sets[1], protocols, args, device, stop, args.out, {"runs": [args.out], "recompute_bn": 0}, write)
-    status = 0
+    result = done or train(args, net, sets, state, run, stop, device)
+    if done and protocols:
+        net.load_state_dict(state["model"])
+    if protocols and not result["diverged"]:
+        made = {"runs": [args.out], "iterations": [args.iterations], "recompute_bn": 0}
+        test([net], sets[1], protocols, args, device, stop, args.out, made, write)
+    status = run.status if run else 0
     if run and not done:
         status = run.finish(result)
-    if run and (run.folder / "result.json").exists():
-        result = checkpoint.read_json(run.folder / "result.json")
+    if run and path.exists():
         error = "diverged"
         if not result["diverged"]:
             error = f"top-1 error {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %"

@@ -96,6 +96,8 @@ def read_run(folder):
         for path in folder.glob("*.json"):
             if path.stem not in ("config", "result"):
                 made = json.loads(path.read_text())
+                if "runs" not in run and (made["iterations"] != [run["iterations"]] or made["recompute_bn"]):
+                    continue  # of another net than the run's last
                 run["errors"] |= {f"{path.stem} {top}": float(made[key]) for top, key in TOPS.items()}
         run["error"] = next(iter(run["errors"].values()))
         numbers = [run[name] for name in ("seconds", "peak_memory", *(() if "runs" in run else ("iterations",)))]

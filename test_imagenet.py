@@ -598,8 +598,8 @@ def test_a_corrupt_image_is_named_and_the_run_continues_once_it_is_mended(start,
     order = np.random.default_rng((1, 0)).permutation(21)
     broken = pathlib.Path(data.ImageFiles(folders / "train").name(order[9]))  # the third batch
     content = broken.read_bytes()
-    for damage in (content[: len(content) // 2], b"", b"no picture"):
-        broken.write_bytes(damage)
+    for damage in (content[: len(content) // 2], b"", b"no picture", None):
+        broken.unlink() if damage is None else broken.write_bytes(damage)
         status, printed = start(*words, "--out", "run")
         assert status == 2 and str(broken) in printed and "whole copy" in printed and "Traceback" not in printed
         assert checkpoint.load("run")["iteration"] == 2 and not pathlib.Path("run/result.json").exists()

@@ -94,7 +94,7 @@ def all_or_none(source=None):
         if source is None:
             raise
         problem = f"{source} does not fit this code: {type(error).__name__}: {error}"
-    some = torch.tensor(problem is not None)
+    some = torch.tensor(int(problem is not None))
     dist.all_reduce(some, dist.ReduceOp.MAX)
     if some:
         problems = [None] * dist.get_world_size()

@@ -1,7 +1,7 @@
 """The ImageNet experiments of [1] Section 4.1 and [2] Section 5, the papers of units.py, and all their evaluations.
 
     torchrun --nproc_per_node=8 imagenet_train.py --depth 200 --preact    # eight GPUs, 32 images on each, as in [2]
-    python imagenet_train.py --depth 50 --test 10-crop,multi-scale          # the same net's training on one
+    python imagenet_train.py --depth 50 --test 10-crop,multi-scale        # on one, in eight micro-batches of 32
     python imagenet_train.py --evaluate runs/imagenet-50-bottleneck-seed1 --test 1-crop-320
     python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --images 500 --epochs 4 --batch-size 32
@@ -239,8 +239,8 @@ class Waiting:
 
 @torch.inference_mode()
 def recompute_bn(net, images, n, args, device):
-    """BN's statistics as the true mean and variance over n training views, in whole
-    micro-batches, as the authors did before they published their nets (github.com/KaimingHe/deep-residual-networks)."""
+    """BN's statistics as the true mean and variance over n training views, in whole micro-batches, as the authors did
+    before they published their nets (github.com/KaimingHe/deep-residual-networks)."""
     rank, world = dist.get_rank(), dist.get_world_size()
     total = math.ceil(n / args.micro_batch)
     layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]

@@ -272,7 +272,7 @@ def test_committed_runs_are_their_rows(monkeypatch):
         if re.search(r"/seed\d+$", name):
             monkeypatch.setattr(sys, "argv", ["cifar_train.py", *commands[name]])
             flags = vars(cifar_train.parse_flags())
-            free = {"data", "out", "device", "evaluate", "checkpoint_seconds"}
+            free = {"data", "out", "device", "compile", "evaluate", "checkpoint_seconds"}
             assert {k: v for k, v in flags.items() if k not in free} == {
                 k: v for k, v in config.items() if k not in free | {"environment"}
             }, name

@@ -299,7 +299,7 @@ def test_committed_runs_are_their_rows(monkeypatch):
         if re.search(r"/seed\d+$", name):
             monkeypatch.setattr(sys, "argv", ["cifar_train.py", *commands[name]])
             flags = vars(cifar_train.parse_flags())
-            free = {"data", "out", "device", "evaluate", "checkpoint_seconds"}
+            free = checkpoint.FREE | {"evaluate"}
             assert config.keys() - free - {"environment"} <= flags.keys(), name
             for flag in flags.keys() - free:
                 there, here = map(checkpoint.without_off, (config.get(flag), flags[flag]))

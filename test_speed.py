@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import pathlib
+import re
 import signal
 import sys
 import types
@@ -21,6 +23,7 @@ import data
 import models
 import units
 
+HERE = pathlib.Path(__file__).parent
 TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --device cpu --warmup 0".split()
 
 
@@ -318,3 +321,14 @@ def test_no_gpu(measure):
     for flag in ("--device", "--clock"):
         status, printed = measure(*STEP, flag, "cuda")
         assert status == 2 and "GPU" in printed
+
+
+def test_readme_claims_what_was_printed():
+    """Every measured figure of README's table stands in results/speed.md."""
+    section = (HERE / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    measured = [line.split(" | ")[2] for line in section.splitlines() if line.startswith("| ") and "aim" not in line]
+    figures = re.findall(r"[\d.,]*\d", " ".join(measured))
+    printed = (HERE / "results" / "speed.md").read_text()
+    assert len(figures) > 20
+    for figure in figures:
+        assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d])", printed), figure

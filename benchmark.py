@@ -246,7 +246,7 @@ class Pictures(torch.utils.data.Dataset):
 def loading(args, device):
     """Augmented images on the CPU, ours beside torchvision's transforms of PIL images: CIFAR's, and JPEG files."""
     images = data.load_cifar("synthetic", None, 5120)[0]
-    mean, std = data.normalisation(images, "paper")
+    mean, _ = data.normalisation(images, "paper")
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
     chain = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     chain.append(transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)))
@@ -254,7 +254,7 @@ def loading(args, device):
 
     def ours():
         for t in range(40):
-            data.augment(crops, mean_crops, std, data.batch_draws(1, t, 128, len(images), "cpu"))
+            data.augment(crops, mean_crops, None, data.batch_draws(1, t, 128, len(images), "cpu"))
 
     def theirs(workers):
         for _ in torch.utils.data.DataLoader(pictures, 128, shuffle=True, num_workers=workers):

@@ -94,6 +94,7 @@ def train(args, net, sets, state, run, stop, device):
     sets = {name: (images.to(device), labels.to(device)) for name, (images, labels) in sets.items()}
     images, labels = sets.pop("train")
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
+    scale = None if args.recipe == "paper" else std  # which is 1 there
     watched = "val" if "val" in sets else "test"  # what is evaluated on the way; at the end, everything
     count = args.batch_size // args.micro_batch
     mine = slice(rank * count // world, (rank + 1) * count // world)  # this process's micro-batches
@@ -117,7 +118,7 @@ def train(args, net, sets, state, run, stop, device):
 
     def iterate(draws):
         parts = draws.chunk(count, dim=1)[mine]
-        batches = [(data.augment(crops, mean_crops, std, part), labels[part[0]]) for part in parts]
+        batches = [(data.augment(crops, mean_crops, scale, part), labels[part[0]]) for part in parts]
         step(net, batches, shared, running, optimizer, scaler, autocast)
 
     changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]

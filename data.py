@@ -94,8 +94,10 @@ def normalisation(images, recipe):
 
 
 def every_crop(images):
-    """All 9 x 9 crops of images (..., 3, 32, 32) padded by 4 zeros on each side, as a view (..., 9, 9, 3, 32, 32)."""
-    padded = pad(images.movedim(-3, -1), (0, 0, 4, 4, 4, 4))  # (..., 40, 40, 3)
+    """All 9 x 9 crops of images (..., 3, 32, 32) padded by 4 zeros on each side, and of their mirror images, as a view
+    (2, ..., 9, 9, 3, 32, 32)."""
+    both = torch.stack([images, images.flip(-1)]).movedim(-3, -1)
+    padded = pad(both, (0, 0, 4, 4, 4, 4)).contiguous()  # (2, ..., 40, 40, 3)
     return padded.unfold(-3, 32, 1).unfold(-3, 32, 1)
 
 
@@ -103,11 +105,12 @@ def augment(crops, mean_crops, std, draws):
     """The images (B, 3, 32, 32) of draws (4, B): shifted by up to 4 pixels, half of them flipped ([1] Section 4.2).
 
     crops and mean_crops come from `every_crop` of the training images and of their mean: subtracting the same crop of
-    both is, bit for bit, subtracting the mean first and padding with zeros then.
+    both is, bit for bit, subtracting the mean first and padding with zeros then. A std of None divides by nothing.
     """
     index, row, column, flip = draws
-    images = (crops[index, row, column].float() - mean_crops[row, column]) / std
-    return torch.where(flip.bool().view(-1, 1, 1, 1), images.flip(3), images)
+    column = torch.where(flip.bool(), 8 - column, column)  # in the mirror image
+    images = crops[flip, index, row, column].float().sub_(mean_crops[flip, row, column])
+    return images if std is None else images.div_(std)
 
 
 @functools.lru_cache(maxsize=2)

@@ -304,6 +304,9 @@ def test_augmentation_is_subtract_pad_crop_flip():
         for view, (index, row, column, flip) in zip(views, draws.T.tolist(), strict=True):
             crop = padded[index, :, row : row + 32, column : column + 32]
             assert torch.equal(view, crop.flip(2) if flip else crop)
+        if recipe == "paper":
+            undivided = data.augment(data.every_crop(images), data.every_crop(mean), None, draws)
+            assert torch.equal(undivided, views) and std.eq(1).all()
         assert torch.equal(views[0], ((images[0].float() - mean) / std))  # no shift at (4, 4)
 
 

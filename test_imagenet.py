@@ -591,16 +591,25 @@ def test_waiting_for_data_is_said_with_both_rates(flags, world_of_one, monkeypat
     assert re.search(r"delivers 2\d\d images/s, the net takes 5\d\d \(--workers is 3\)", printed)
 
 
-def test_a_corrupt_image_is_named_and_the_run_continues_once_it_is_mended(start, folders):  # noqa: F811
+def test_a_corrupt_image_is_named_and_the_run_continues_once_it_is_mended(start, folders, monkeypatch):  # noqa: F811
     words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 3]
     words += ["--device", "cpu", "--workers", 1, "--checkpoint-seconds", 1000]
     assert start(*words, "--out", "whole")[0] == 0
     order = np.random.default_rng((1, 0)).permutation(21)
     broken = pathlib.Path(data.ImageFiles(folders / "train").name(order[9]))  # the third batch
     content = broken.read_bytes()
+    listing = data.load_imagenet
     for damage in (content[: len(content) // 2], b"", b"no picture", None):
-        broken.unlink() if damage is None else broken.write_bytes(damage)
-        status, printed = start(*words, "--out", "run")
+
+        def damaged(*place, damage=damage):
+            """The images listed; one is gone or damaged afterwards."""
+            sets = listing(*place)
+            broken.unlink() if damage is None else broken.write_bytes(damage)
+            return sets
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load_imagenet", damaged)
+            status, printed = start(*words, "--out", "run")
         assert status == 2 and str(broken) in printed and "whole copy" in printed and "Traceback" not in printed
         assert checkpoint.load("run")["iteration"] == 2 and not pathlib.Path("run/result.json").exists()
     broken.write_bytes(content)

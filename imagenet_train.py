@@ -4,7 +4,8 @@
     python imagenet_train.py --depth 50 --test 10-crop,multi-scale        # on one, in eight micro-batches of 32
     python imagenet_train.py --evaluate runs/imagenet-50-bottleneck-seed1 --test 1-crop-320
     python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
-    python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --micro-batch 32 --lr 0.02
+    python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
+        --micro-batch 32
 
 The same command again continues a run that was stopped. Its loop is cifar_train.py's; its step is that very one.
 """

@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -149,6 +150,8 @@ class Stop:
         number = self.asked or number
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
+        for child in multiprocessing.active_children():  # a loader's workers, which would only see it seconds later
+            child.kill()
         os._exit(128 + number)
 
     def check(self, due=None):

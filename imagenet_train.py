@@ -317,7 +317,9 @@ def parse_flags():
     add = parser.add_argument_group("evaluation").add_argument
     protocols = ", ".join(data.PROTOCOLS)
     add("--test", metavar="PROTOCOL[,...]", help=f"at the end of training, or with --evaluate: {protocols}")
-    add("--evaluate", nargs="+", metavar="RUN", help="evaluate a run; of several the average, into the folder --out")
+    add(
+        "--evaluate", nargs="+", metavar="RUN", help="evaluate a run as its flags say; of several the average, in --out"
+    )
     add("--recompute-bn", type=int, default=0, metavar="N", help="before, BN's statistics over N training images")
     args = parser.parse_args()
     try:
@@ -422,6 +424,11 @@ def evaluate_runs(flags, device, stop):
             net.to(device, memory_format=torch.channels_last)
         out = pathlib.Path(flags.out or flags.evaluate[0])
         out.mkdir(parents=True, exist_ok=True)
+        made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
+        made |= {"recompute_bn": flags.recompute_bn}
+        before = checkpoint.read_json(out / "result.json") if flags.out and (out / "result.json").exists() else made
+        if any(before.get(name) != value for name, value in made.items()):
+            raise ValueError(f"--out {out} holds the evaluation of {', '.join(before.get('runs', []))}: choose another")
 
     def write(path, content):
         with checkpoint.all_or_none():
@@ -433,11 +440,9 @@ def evaluate_runs(flags, device, stop):
         if flags.recompute_bn:
             recompute_bn(net, train_images, flags.recompute_bn, other, device)
     args.micro_batch = flags.batch_size
-    made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
-    made |= {"recompute_bn": flags.recompute_bn}
     found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made, write)
     if flags.out:
-        done = {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
+        done = before | {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
         done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
         write(out / "result.json", done)
     return 0
@@ -511,6 +516,8 @@ def main():
     try:
         return (evaluate_runs if args.evaluate else train_run)(args, device, stop)
     except checkpoint.Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(f"{stopped}: stopped; what has been saved and evaluated stays", file=sys.stderr)
         return stopped.status
     except RuntimeError as error:
         checkpoint.lost(error)

@@ -138,6 +138,7 @@ def read_runs(root):
             continue
         name, _, seed = folder.relative_to(root).as_posix().rpartition("/")
         known = name and re.fullmatch(r"seed\d+", seed) and name in {cell["run"] for cell in cells()}
+        known = known and run["dataset"] != "synthetic"
         rows.setdefault(name, []).append(run) if known else others.append(run)
     for name, runs in rows.items():
         precision = min((run["precision"] for run in runs), key=PRECISIONS.index)

@@ -219,7 +219,8 @@ run() { # one run, its own child; a line in $failed if it fails
     [ -e "$results/$name/result.json" ] && return
     lacking=$(lacking "$command")
     [ -z "$lacking" ] || {
-        echo "$name waits for the runs that it averages:" $lacking
+        echo "$name waits for the runs that it averages: ${lacking//$'\n'/ }"
+        [ -z "$smoke" ] || echo "  $name" >>"$failed"
         return
     }
     echo "$name (the paper: $paper): $command"

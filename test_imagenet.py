@@ -404,6 +404,8 @@ def test_evaluation_equals_a_naive_one(start, folders):  # noqa: F811
         different.add(tuple(expected))
         assert f"both: {protocol} top-1 error {expected[0]:.2f} %, top-5 {expected[1]:.2f} %" in printed
     assert result["runs"] == ["run1", "run2"] and len(different) > 2  # hardly a protocol would pass for another
+    status, printed = start("--evaluate", *runs[::-1], "--out", "both", "--device", "cpu")
+    assert status == 2 and "--out both holds the evaluation of run1, run2" in printed
     # one run: into its own folder, the same counts whatever the size of the batches
     with torch.inference_mode():
         expected = naive_errors(nets[:1], folders, 48, *protocols["1-crop"])

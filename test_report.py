@@ -66,6 +66,12 @@ def test_empty_results(results):
     assert "None of the papers' nets" in results.readme() and "old" not in results.readme()
 
 
+def test_synthetic_runs_fill_no_cell(results):
+    results("cifar10/110/seed3", 6.5, dataset="synthetic")
+    report.main()
+    assert "(n =" not in results.page().partition("## Other runs")[0] and "cifar10/110/seed3" in results.page()
+
+
 def test_one_run(results):
     results("cifar10/110/seed3", 6.5, lowest=6.25)
     report.main()

@@ -351,9 +351,9 @@ def test_kill_a_random_rank(fork, script, tmp_path, report):
     outcomes = []
     for rank in (0, 1):
         out = tmp_path / f"stopped {rank}"
-        workers = two_processes(fork, out, script=script, more=("--checkpoint-seconds", "0.5"))
+        workers = two_processes(fork, out, script=script, more=("--checkpoint-seconds", "0.05"))
         await_checkpoints(out, 1, workers[0].is_alive)
-        time.sleep(rng.uniform(0, 1))
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(workers[rank].pid, signal.SIGTERM)
         for worker in workers:
             worker.join(timeout=20)

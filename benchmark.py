@@ -13,11 +13,13 @@ What is compared runs in turn, A, B, A, B, ...: a ratio is the median (and the q
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -56,7 +58,11 @@ def clock(args):
 
 
 def seconds(work, args, times=1):
-    """The seconds that one of `times` calls in a row takes; between two CUDA events with --clock cuda."""
+    """The seconds that one of `times` calls in a row takes; between two CUDA events with --clock cuda. In place of
+    `work`, the connection to a process that measures its own."""
+    if isinstance(work, multiprocessing.connection.Connection):
+        work.send(times)
+        return work.recv()
     if args.clock == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -152,11 +158,42 @@ def peer(name, images, labels):
         raise ValueError(f"--peer {name}: {type(error).__name__}: {error}") from None
 
 
+def peers_step(args, device, connection):
+    """In a process of its own, with the settings that its own script would find: train the peer, or our net in NCHW
+    with plain SGD. Sends its number of parameters (or what is wrong with it), then the seconds of each turn."""
+    torch.set_num_threads(args.threads)
+    net, images, labels = build(args)
+    try:
+        net = peer(args.peer, images, labels) if args.peer is not None else net
+    except ValueError as error:
+        return connection.send(error)
+    connection.send(sum(p.numel() for p in net.parameters()))
+    net.to(device).train()
+    images, labels = images.to(device).contiguous(), labels.to(device)
+    autocast = cifar_train.reduced(args.precision, device)
+    sgd = torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-4, foreach=None if args.peer else False)
+
+    def work():
+        with autocast:
+            loss = cross_entropy(net(images), labels)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+
+    with contextlib.suppress(EOFError):  # until it is closed
+        while True:
+            connection.send(seconds(work, args, connection.recv()))
+
+
 def step(args, device):
     """A training step of one micro-batch, ours beside a peer's, or beside the same net in NCHW with plain SGD."""
     net, images, labels = build(args)
-    twin = peer(args.peer, images, labels) if args.peer is not None else copy.deepcopy(net)
-    count, theirs = (sum(p.numel() for p in n.parameters()) for n in (net, twin))
+    twin, there = multiprocessing.Pipe()
+    with there:
+        multiprocessing.get_context("spawn").Process(target=peers_step, args=(args, device, there), daemon=True).start()
+    count, theirs = sum(p.numel() for p in net.parameters()), twin.recv()
+    if isinstance(theirs, ValueError):
+        raise theirs
     notes = {"parameters": count, "the other's parameters": theirs, "equal": count == theirs}
 
     net.to(device, memory_format=torch.channels_last)
@@ -190,18 +227,7 @@ def step(args, device):
         torch.backends.cudnn.deterministic = True
         works["ours, launch by launch"] = ours
 
-    twin.to(device).train()
-    plain = images.contiguous()
-    sgd = torch.optim.SGD(twin.parameters(), args.lr, 0.9, weight_decay=1e-4, foreach=None if args.peer else False)
-
-    def theirs():
-        with autocast:
-            loss = cross_entropy(twin(plain), labels)
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-
-    figures = compare(works | {args.peer or "NCHW, plain SGD": theirs}, args)
+    figures = compare(works | {args.peer or "NCHW, plain SGD": twin}, args)
     notes["multiple of the floor"] = next(iter(figures.values()))["seconds"] / notes["floor, seconds"]
     return figures, notes
 

@@ -390,6 +390,12 @@ def read_json(path):
     return content
 
 
+def result(folder):
+    """What result.json says; None while a run has not finished. Raises ValueError when it is damaged."""
+    path = pathlib.Path(folder, "result.json")
+    return read_json(path) if path.exists() else None
+
+
 def as_json(content):
     return (json.dumps(content, indent=2) + "\n").encode()
 

@@ -83,26 +83,62 @@ def evaluate(net, images, labels, mean, std, autocast, stop):
     return 100 * wrong.item() / len(images)
 
 
-def train(args, net, sets, state, run, stop, device):
+class Cifar:
+    """CIFAR as `train` sees it: all of it on the device, and a step's images one gather from their draws.
+
+    sets: {"train": (images, labels), "test": ...} and perhaps "val".
+    """
+
+    as_a_graph = True  # on CUDA
+
+    def __init__(self, args, sets, device):
+        self.args, self.device = args, device
+        self.mean, self.std = (t.to(device) for t in data.normalisation(sets["train"][0], args.recipe))
+        self.sets = {name: (images.to(device), labels.to(device)) for name, (images, labels) in sets.items()}
+        images, self.labels = self.sets.pop("train")
+        self.size = len(images)
+        self.crops, self.mean_crops = data.every_crop(images), data.every_crop(self.mean)
+        self.scale = None if args.recipe == "paper" else self.std  # which is 1 there
+        self.watched = "val" if "val" in sets else "test"  # what is evaluated on the way; at the end, everything
+        self.columns = [f"{name}_error" for name in self.sets]
+        every = max(250, args.iterations // 32)
+        self.rows_at = {*range(every, args.iterations, every), args.iterations}
+        self.in_checkpoint = {"mean": self.mean, "std": self.std}
+        self.sgd = {"nesterov": RECIPES[args.recipe]["nesterov"]}
+        self.sgd |= {"decay_all": RECIPES[args.recipe]["decay_all"] or args.decay_all}
+
+    def lr_at(self, iteration):
+        return lr_at(iteration, self.args)
+
+    def draw(self, iteration):
+        return data.batch_draws(self.args.seed, iteration, self.args.batch_size, self.size, self.device)
+
+    def micro_batches(self, draws):
+        parts = draws.split(self.args.micro_batch, dim=1)
+        parts = [parts[i] for i in own_micro_batches(self.args)]
+        return [(data.augment(self.crops, self.mean_crops, self.scale, p), self.labels[p[0]]) for p in parts]
+
+    def errors(self, net, iteration, autocast, stop):
+        wanted = [name for name in self.sets if name == self.watched or iteration == self.args.iterations]
+        found = {f"{n}_error": evaluate(net, *self.sets[n], self.mean, self.std, autocast, stop) for n in wanted}
+        return dict.fromkeys(self.columns) | found
+
+
+def own_micro_batches(args):
+    """Which of an iteration's micro-batches are this process's."""
+    count, rank, world = args.batch_size // args.micro_batch, dist.get_rank(), dist.get_world_size()
+    return range(rank * count // world, (rank + 1) * count // world)
+
+
+def train(args, net, images, state, run, stop, device):
     """Train a net, on from a checkpoint's state where there is one, to args.iterations or until it diverges.
 
-    sets: {"train": (images, labels), "test": ...} and perhaps "val". Process 0 writes the run's folder. Returns the
-    result; raises Stopped, with everything saved, when asked to stop.
+    images: a Cifar, or the like. Process 0 writes the run's folder. Returns the result; raises Stopped, with everything
+    saved, when asked to stop, and exits with status 2 at an image that cannot be read.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mean, std = (t.to(device) for t in data.normalisation(sets["train"][0], args.recipe))
-    sets = {name: (images.to(device), labels.to(device)) for name, (images, labels) in sets.items()}
-    images, labels = sets.pop("train")
-    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
-    scale = None if args.recipe == "paper" else std  # which is 1 there
-    watched = "val" if "val" in sets else "test"  # what is evaluated on the way; at the end, everything
-    count = args.batch_size // args.micro_batch
-    mine = slice(rank * count // world, (rank + 1) * count // world)  # this process's micro-batches
-    every, tail = max(250, args.iterations // 32), math.ceil(args.iterations / 10)
-
+    rank, tail = dist.get_rank(), math.ceil(args.iterations / 10)
     shared, running = flatten(net)
-    recipe = RECIPES[args.recipe]
-    optimizer = sgd(net, args.lr, recipe["nesterov"], recipe["decay_all"] or args.decay_all)
+    optimizer = sgd(net, args.lr, **images.sgd)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = reduced(args.precision, device)
     # not torch.manual_seed, which seeds every kind of device and takes the host a hundred times as long
@@ -111,44 +147,44 @@ def train(args, net, sets, state, run, stop, device):
     iteration, seconds, rows = 0, 0.0, []
     with checkpoint.all_or_none(args.out):
         if state:
-            restore(state, net, optimizer, scaler, sums)
+            net.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].to(device)  # load_state_dict leaves it where it was read
+            scaler.load_state_dict(state["scaler"])
+            sums.copy_(state["sums"])
             iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
     began = time.monotonic() - seconds  # so that the clock counts all sittings
     saved = time.monotonic()
 
     def iterate(draws):
-        parts = draws.chunk(count, dim=1)[mine]
-        batches = [(data.augment(crops, mean_crops, scale, part), labels[part[0]]) for part in parts]
-        step(net, batches, shared, running, optimizer, scaler, autocast)
+        step(net, images.micro_batches(draws), shared, running, optimizer, scaler, autocast)
 
     changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-    if device.type == "cuda" and not args.compile:
-        draws = data.batch_draws(args.seed, iteration, args.batch_size, len(images), device)
-        iterate = graphed(iterate, draws, changing, args)
+    if device.type == "cuda" and images.as_a_graph and not args.compile:
+        iterate = graphed(iterate, images.draw(iteration), changing, args)
 
     def finite():
         return bool(torch.stack([t.isfinite().all() for t in (sums, *changing)]).all())
 
     def save():
-        state = {"model": net.state_dict(), "mean": mean, "std": std, "optimizer": optimizer.state_dict()}
+        state = images.in_checkpoint | {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
         return rank != 0 or run.save(state | {"seconds": time.monotonic() - began})
 
     def log(iterations):
         loss, error = (sums[:2] / iterations).tolist()
-        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / len(images), 3)}
-        row |= {"lr": lr_at(iteration - 1, args), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
-        for name, (views, truth) in sets.items():
-            wanted = name == watched or iteration == args.iterations
-            row[f"{name}_error"] = evaluate(net, views, truth, mean, std, autocast, stop) if wanted else None
+        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / images.size, 3)}
+        row |= {"lr": images.lr_at(iteration - 1), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
+        row |= images.errors(net, iteration, autocast, stop)
         rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
         sums[:2] = 0
         if rank == 0:
             run.log(rows)
-            say(
-                f"iteration {iteration:,} of {args.iterations:,}  lr {row['lr']:g}  training loss {loss:.4f}  "
-                f"{watched} error {row[watched + '_error']:.2f} %  {rows[-1]['seconds']:,.0f} s"
-            )
+            found = {name.replace("_", " "): row[name] for name in images.columns if row[name] is not None}
+            errors = "  ".join(f"{name} {value:.2f} %" for name, value in found.items())
+            place = f"iteration {iteration:,} of {args.iterations:,}, epoch {row['epoch']:.1f}"
+            say(f"{place}  lr {row['lr']:g}  training loss {loss:.4f}  {errors}  {rows[-1]['seconds']:,.0f} s")
 
     if rows and rank == 0:
         run.log(rows)  # once more: the disk may have been full
@@ -157,7 +193,7 @@ def train(args, net, sets, state, run, stop, device):
     try:
         while True:
             logged = rows[-1]["iteration"] if rows else 0
-            if iteration > logged and (iteration % every == 0 or iteration == args.iterations):
+            if iteration > logged and iteration in images.rows_at:
                 if not finite():
                     break
                 log(iteration - logged)
@@ -168,44 +204,35 @@ def train(args, net, sets, state, run, stop, device):
                     break
                 save()
                 saved = time.monotonic()
+            draws = images.draw(iteration)
             for group in optimizer.param_groups:
-                group["lr"].fill_(lr_at(iteration, args))
+                group["lr"].fill_(images.lr_at(iteration))
             generator.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: pure, as all draws are
-            iterate(data.batch_draws(args.seed, iteration, args.batch_size, len(images), device))
+            iterate(draws)
             sums[:2] += shared[-2:]
             if iteration >= args.iterations - tail:
                 sums[2] += shared[-2]
             iteration += 1
             bar.update()
-    except checkpoint.Stopped as stopped:
+    except (checkpoint.Stopped, SystemExit):  # asked to stop; or an image could not be read
         if finite() and save() and rank == 0:
-            print(f"{stopped}: saved in {args.out}; the same command continues it", file=sys.stderr)
+            print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
         raise
     finally:
         bar.close()
     diverged = not finite()
     if not diverged:
         save()
-    names = "dataset depth unit unit_args recipe seed iterations batch_size micro_batch precision"
+    names = "dataset depth unit unit_args recipe augment crop seed epochs iterations batch_size micro_batch precision"
     return {
-        **{name: getattr(args, name) for name in names.split()},
+        **{name: getattr(args, name) for name in names.split() if hasattr(args, name)},
         "parameters": sum(p.numel() for p in net.parameters()),
-        **{f"{name}_error": None if diverged else rows[-1][f"{name}_error"] for name in sets},
+        **{name: None if diverged else rows[-1][name] for name in images.columns},
         "train_loss": None if diverged else round(sums[2].item() / tail, 6),
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(device),
         "diverged": diverged,
     }
-
-
-def restore(state, net, optimizer, scaler, sums):
-    """Put back what a checkpoint holds."""
-    net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"].to(sums.device)  # load_state_dict leaves it where it was read
-    scaler.load_state_dict(state["scaler"])
-    sums.copy_(state["sums"])
 
 
 def peak_memory(device):
@@ -430,8 +457,8 @@ def evaluate_run(flags, device, stop):
 def train_run(args, device, stop):
     """Train the net that the flags name, or say that this has been done; the result is in the run's folder."""
     args.data = args.data or "data"
-    done = pathlib.Path(args.out, "result.json").exists()
     with checkpoint.all_or_none():
+        done = checkpoint.result(args.out)
         sets = None if done else load_sets(args)
         net = new_net(args).to(device, memory_format=torch.channels_last)
         if args.compile and not done:
@@ -440,18 +467,24 @@ def train_run(args, device, stop):
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out, flags)
     checkpoint.agree(args.out, done, state and state["iteration"])
-    result = None if done else train(args, net, sets, state, run, stop, device)
-    status = run.finish(result) if run and not done else 0
-    if run and (run.folder / "result.json").exists():
-        result = checkpoint.read_json(run.folder / "result.json")
-        error = "diverged" if result["diverged"] else f"test error {result['test_error']:.2f} %"
-        files = f"its files are in {args.out} (its curve: python report.py {args.out})"
-        say(f"{'already finished' if done else 'finished'}: {error}; {files}")
+    result = done or train(args, net, Cifar(args, sets, device), state, run, stop, device)
+    return finish(run, result, done, lambda: f"test error {result['test_error']:.2f} %")
+
+
+def finish(run, result, done, errors):
+    """Write result.json, if that has not been done, and say how the run ended. Returns the exit status."""
+    if not run:
+        return 0
+    status = run.status if done else run.finish(result)
+    if checkpoint.result(run.folder):
+        how = "diverged" if result["diverged"] else errors()
+        files = f"its files are in {run.folder} (its curve: python report.py {run.folder})"
+        say(f"{'already finished' if done else 'finished'}: {how}; {files}")
     return status
 
 
-def main():
-    args = parse_flags()
+def start(work, args):
+    """Do what the flags ask for, as one of however many processes. Returns the exit status."""
     stop = checkpoint.Stop(args.timeout)
     try:
         device = checkpoint.start_processes(args.device, args.timeout)
@@ -459,11 +492,18 @@ def main():
         checkpoint.fail(error)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        return (train_run if args.evaluate is None else evaluate_run)(args, device, stop)
+        return work(args, device, stop)
     except checkpoint.Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(f"{stopped}: stopped; what has been saved stays", file=sys.stderr)
         return stopped.status
     except RuntimeError as error:
         checkpoint.lost(error)
+
+
+def main():
+    args = parse_flags()
+    return start(train_run if args.evaluate is None else evaluate_run, args)
 
 
 if __name__ == "__main__":

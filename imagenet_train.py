@@ -7,10 +7,11 @@
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
         --micro-batch 32
 
-The same command again continues a run that was stopped. Its loop is cifar_train.py's; its step is that very one.
+The same command again continues a run that was stopped. The loop and its step are those of cifar_train.py.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import math
@@ -21,12 +22,22 @@ import time
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import checkpoint
 import data
-from cifar_train import at_least, check_recipe, peak_memory, reduced, resolve_unit, restore, say, sgd, step
-from models import compile_units, flatten, imagenet_resnet
+from cifar_train import (
+    at_least,
+    check_recipe,
+    finish,
+    own_micro_batches,
+    peak_memory,
+    reduced,
+    resolve_unit,
+    say,
+    start,
+    train,
+)
+from models import compile_units, imagenet_resnet
 from units import UNITS
 
 DROPS = (1 / 3, 2 / 3)  # the learning rate is divided by 10 at epochs 30 and 60 of 90: [2] Section 5, [1] Fig. 4
@@ -75,113 +86,43 @@ def evaluate(nets, images, protocol, args, device, stop):
     return [100 * (len(images) - n) / len(images) for n in right.tolist()]
 
 
-def train(args, net, sets, state, run, stop, device):
-    """Train a net, on from a checkpoint's state where there is one, to args.iterations or until it diverges.
+class ImageNet:
+    """ImageNet as `train` sees it: workers decode a step's images while the one before is computed. sets: the training
+    and the validation images."""
 
-    sets: the training and the validation images. Process 0 writes the run's folder. Returns the result; raises Stopped,
-    with everything saved, when asked to stop, and exits with status 2 at an image that cannot be read.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    count = args.batch_size // args.micro_batch
-    mine = range(rank * count // world, (rank + 1) * count // world)  # this process's micro-batches
-    ends = {max(1, round(epoch * args.images / args.batch_size)) for epoch in range(1, args.epochs + 1)}
-    tail = math.ceil(args.iterations / 10)
+    as_a_graph = False  # a batch comes from the host, and few large kernels are quickly launched
+    columns = ["val_top1", "val_top5"]
+    sgd = {}
 
-    shared, running = flatten(net)
-    optimizer = sgd(net, args.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    autocast = reduced(args.precision, device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row, loss of the last tenth
-    iteration, seconds, rows = 0, 0.0, []
-    with checkpoint.all_or_none(args.out):
-        if state:
-            restore(state, net, optimizer, scaler, sums)
-            iteration, seconds, rows = state["iteration"], state["seconds"], state["rows"]
-    began = time.monotonic() - seconds  # so that the clock counts all sittings
-    saved = time.monotonic()
+    def __init__(self, args, sets, device, iteration):
+        self.args, self.device, self.val, self.size = args, device, sets[1], args.images
+        ends = (round(epoch * args.images / args.batch_size) for epoch in range(1, args.epochs + 1))
+        self.rows_at = {max(1, end) for end in ends}
+        self.in_checkpoint = {"classes": sets[0].classes}
+        self.mine = own_micro_batches(args)
+        view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
+        words = args.seed, args.images, args.batch_size, args.micro_batch, self.mine, iteration
+        self.stream = load(sets[0], view, data.train_batch, data.image_batches(*words), args, device)
+        self.clock = Waiting(args, device)
 
-    view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
-    stream = data.image_batches(args.seed, args.images, args.batch_size, args.micro_batch, mine, iteration)
-    stream = load(sets[0], view, data.train_batch, stream, args, device)
-    clock = Waiting(args, device)
+    def lr_at(self, iteration):
+        return lr_at(iteration, self.args)
 
-    def finite():
-        changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-        return bool(torch.stack([t.isfinite().all() for t in (sums, *changing)]).all())
+    def draw(self, iteration):
+        with self.clock, checkpoint.all_or_none():
+            return [next(self.stream) for _ in self.mine]
 
-    def save():
-        state = {"model": net.state_dict(), "classes": sets[0].classes, "optimizer": optimizer.state_dict()}
-        state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
-        return rank != 0 or run.save(state | {"seconds": time.monotonic() - began})
+    def micro_batches(self, draws):
+        batches = [[t.to(self.device, non_blocking=True) for t in batch] for batch in draws]
+        return [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
 
-    def log(iterations):
-        loss, error = (sums[:2] / iterations).tolist()
-        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / args.images, 3)}
-        row |= {"lr": lr_at(iteration - 1, args), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
-        row["val_top1"], row["val_top5"] = evaluate([net], sets[1], "1-crop", args, device, stop)
-        rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
-        sums[:2] = 0
-        if rank == 0:
-            run.log(rows)
-            say(
-                f"epoch {row['epoch']:g} of {args.epochs}  lr {row['lr']:g}  training loss {loss:.4f}  "
-                f"top-1 error {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  {rows[-1]['seconds']:,.0f} s"
-            )
+    def errors(self, net, iteration, autocast, stop):
+        found = evaluate([net], self.val, "1-crop", self.args, self.device, stop)
+        self.clock.restart()
+        return dict(zip(self.columns, found, strict=True))
 
-    if rows and rank == 0:
-        run.log(rows)  # once more: the disk may have been full
-    net.train()
-    bar = tqdm(total=args.iterations, initial=iteration, unit="it", disable=True if rank else None)
-    try:
-        while True:
-            logged = rows[-1]["iteration"] if rows else 0
-            if iteration > logged and iteration in ends:
-                if not finite():
-                    break
-                log(iteration - logged)
-                clock.restart()
-            if iteration == args.iterations:
-                break
-            if stop.check(time.monotonic() - saved >= args.checkpoint_seconds):
-                if not finite():
-                    break
-                save()
-                saved = time.monotonic()
-            with clock, checkpoint.all_or_none():
-                batches = [next(stream) for _ in mine]
-            for group in optimizer.param_groups:
-                group["lr"].fill_(lr_at(iteration, args))
-            torch.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: a pure function, as all draws are
-            batches = [[t.to(device, non_blocking=True) for t in batch] for batch in batches]
-            batches = [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
-            step(net, batches, shared, running, optimizer, scaler, autocast)
-            clock.stepped()
-            sums[:2] += shared[-2:]
-            if iteration >= args.iterations - tail:
-                sums[2] += shared[-2]
-            iteration += 1
-            bar.set_postfix_str(f"{clock.share():.0%} waiting for data", refresh=False)
-            bar.update()
-    except (checkpoint.Stopped, SystemExit):  # asked to stop; or an image could not be read
-        if finite() and save() and rank == 0:
-            print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-        stream.close()
-    diverged = not finite()
-    if not diverged:
-        save()
-    names = "dataset depth unit unit_args augment crop seed epochs iterations batch_size micro_batch precision"
-    return {
-        **{name: getattr(args, name) for name in names.split()},
-        "parameters": sum(p.numel() for p in net.parameters()),
-        **{name: None if diverged else rows[-1][name] for name in ("val_top1", "val_top5")},
-        "train_loss": None if diverged else round(sums[2].item() / tail, 6),
-        "seconds": round(time.monotonic() - began, 1),
-        "peak_memory": peak_memory(device),
-        "diverged": diverged,
-    }
+    def close(self):
+        self.stream.close()
 
 
 def load(images, view, stack, batches, args, device):
@@ -189,50 +130,47 @@ def load(images, view, stack, batches, args, device):
 
 
 class Waiting:
-    """The share of the time since the last evaluation in which the device had nothing to do but wait for images. Warns,
-    once, when it passes 30 %."""
+    """The share of the time since the last evaluation in which the device had nothing to do but wait for images: use it
+    as a context around each waiting. Warns, once, when it passes 30 %."""
 
     def __init__(self, args, device):
         self.args, self.warned, self.cuda = args, dist.get_rank() > 0, device.type == "cuda"
         self.restart()
 
     def restart(self):
-        self.began, self.waited, self.batches = time.monotonic(), 0.0, 0
-        self.done, self.pending = None, []
+        self.waits, self.pending = 0, []
 
     def __enter__(self):
         self.start = time.monotonic()
+        self.done = self.mark() if self.cuda else None  # when the GPU will have done what it has been given
+        if self.waits == 1:  # workers start before the first step of a sitting or an epoch, and so does not the clock
+            self.began, self.waited = self.start, 0.0
 
     def __exit__(self, *error):
         waited = time.monotonic() - self.start
-        if not self.cuda:
-            self.waited += waited
-        elif self.done:
+        self.waits += 1
+        if self.waits == 1:
+            return
+        if self.cuda:
             self.pending.append((self.done, self.mark(), waited))
+        else:
+            self.waited += waited
         while self.pending and self.pending[0][1].query():  # read when the GPU has passed them, which is not waited for
             done, ready, waited = self.pending.pop(0)
             self.waited += min(waited, done.elapsed_time(ready) / 1000)  # while it still computed it did not wait
-
-    def mark(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stepped(self):
-        """A step has been launched. The first of a sitting or an epoch starts the clock: workers start before it."""
-        self.done = self.mark() if self.cuda else None
-        self.batches += 1
-        if self.batches == 1:
-            self.began, self.waited = time.monotonic(), 0.0
-        elapsed = time.monotonic() - self.began
-        if self.batches > 100 and self.waited > 0.3 * elapsed and not self.warned:
+        if self.waits > 100 and self.share() > 0.3 and not self.warned:
             self.warned = True
-            images = (self.batches - 1) * self.args.batch_size
+            images, elapsed = (self.waits - 1) * self.args.batch_size, time.monotonic() - self.began
             say(
                 f"input-bound: {self.share():.0%} of the time is spent waiting for data. The loader delivers "
                 f"{images / elapsed:,.0f} images/s, the net takes {images / (elapsed - self.waited):,.0f} "
                 f"(--workers is {self.args.workers})"
             )
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def share(self):
         return self.waited / max(time.monotonic() - self.began, 1e-9)
@@ -426,7 +364,7 @@ def evaluate_runs(flags, device, stop):
         out.mkdir(parents=True, exist_ok=True)
         made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
         made |= {"recompute_bn": flags.recompute_bn}
-        before = checkpoint.read_json(out / "result.json") if flags.out and (out / "result.json").exists() else made
+        before = flags.out and checkpoint.result(out) or made
         if any(before.get(name) != value for name, value in made.items()):
             raise ValueError(f"--out {out} holds the evaluation of {', '.join(before.get('runs', []))}: choose another")
 
@@ -473,8 +411,7 @@ def train_run(args, device, stop):
         state = checkpoint.load(args.out, flags)
         if state:
             check_classes(args.out, state["classes"], sets[1])
-        path = pathlib.Path(args.out, "result.json")
-        done = checkpoint.read_json(path) if path.exists() else None
+        done = checkpoint.result(args.out)
         protocols = [name for name in args.test if not final(args.out, name, args.iterations)]
         if done and done["diverged"]:
             protocols = []
@@ -486,41 +423,27 @@ def train_run(args, device, stop):
         if run:
             run.write(path, checkpoint.as_json(content))
 
-    result = done or train(args, net, sets, state, run, stop, device)
-    if done and protocols:
+    result = done
+    if not done:
+        with contextlib.closing(ImageNet(args, sets, device, state["iteration"] if state else 0)) as images:
+            result = train(args, net, images, state, run, stop, device)
+    elif protocols:
         net.load_state_dict(state["model"])
     if protocols and not result["diverged"]:
         made = {"runs": [args.out], "iterations": [args.iterations], "recompute_bn": 0}
         test([net], sets[1], protocols, args, device, stop, args.out, made, write)
-    status = run.status if run else 0
-    if run and not done:
-        status = run.finish(result)
-    if run and path.exists():
-        error = "diverged"
-        if not result["diverged"]:
-            error = f"top-1 error {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %"
-            error += papers_figures(args, "1-crop")
-        files = f"its files are in {args.out} (its curve: python report.py {args.out})"
-        say(f"{'already finished' if done else 'finished'}: {error}; {files}")
-    return status
+
+    def errors():
+        return f"top-1 error {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %" + papers_figures(
+            args, "1-crop"
+        )
+
+    return finish(run, result, done, errors)
 
 
 def main():
     args = parse_flags()
-    stop = checkpoint.Stop(args.timeout)
-    try:
-        device = checkpoint.start_processes(args.device, args.timeout)
-    except ValueError as error:
-        checkpoint.fail(error)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        return (evaluate_runs if args.evaluate else train_run)(args, device, stop)
-    except checkpoint.Stopped as stopped:
-        if dist.get_rank() == 0:
-            print(f"{stopped}: stopped; what has been saved and evaluated stays", file=sys.stderr)
-        return stopped.status
-    except RuntimeError as error:
-        checkpoint.lost(error)
+    return start(evaluate_runs if args.evaluate else train_run, args)
 
 
 if __name__ == "__main__":

@@ -493,7 +493,9 @@ def twenty_steps(path):
     net = models.imagenet_resnet(18, units.BasicPreAct, 10).double().to(memory_format=torch.channels_last)
     net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
     run = type("Folder", (), {"log": lambda self, rows: None, "save": lambda self, state: None})()
-    result = imagenet_train.train(args, net, sets, None, run, checkpoint.Stop(), torch.device("cpu"))
+    device = torch.device("cpu")
+    images = imagenet_train.ImageNet(args, sets, device, 0)
+    result = imagenet_train.train(args, net, images, None, run, checkpoint.Stop(), device)
     torch.save({"net": net.state_dict(), "result": [result[k] for k in ("train_loss", "val_top1", "val_top5")]}, path)
 
 
@@ -586,7 +588,6 @@ def test_waiting_for_data_is_said_with_both_rates(flags, world_of_one, monkeypat
             with waiting:
                 clock[0] += wait if first else 1000  # until the workers have started
             clock[0] += 1 - wait
-            waiting.stepped()
         assert waiting.share() == pytest.approx(wait)
         printed = capsys.readouterr().out
         assert printed.count("input-bound") == warned

@@ -179,7 +179,8 @@ def train_in_float64(args, net, images, labels, monkeypatch):
     net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
     sets = {"train": (images, labels), "test": (images, labels)}
     run = types.SimpleNamespace(log=lambda rows: None, save=lambda state: None)
-    result = cifar_train.train(args, net, sets, None, run, checkpoint.Stop(), torch.device("cpu"))
+    device = torch.device("cpu")
+    result = cifar_train.train(args, net, cifar_train.Cifar(args, sets, device), None, run, checkpoint.Stop(), device)
     return losses, result, net.state_dict()
 
 

@@ -367,9 +367,19 @@ def parse_flags():
     try:
         if args.evaluate is None:
             resolve(args)
+        else:
+            refuse_all_but(parser, args, "evaluate data device timeout")
     except ValueError as error:
         checkpoint.fail(error)
     return args
+
+
+def refuse_all_but(parser, args, names):
+    """Raises ValueError when a flag was given, beside --evaluate, of which the run's folder decides."""
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    wrong = ["--" + name.replace("_", "-") for name in given if name not in names.split()]
+    if wrong:
+        raise ValueError(f"--evaluate takes {', '.join(wrong)} from the run's own config.json")
 
 
 def resolve_unit(args, bottlenecks, **defaults):
@@ -498,6 +508,8 @@ def start(work, args):
             print(f"{stopped}: stopped; what has been saved stays", file=sys.stderr)
         return stopped.status
     except RuntimeError as error:
+        if stop.asked:  # the signal went to what this process waited for too, such as a compiler
+            return 128 + stop.asked
         checkpoint.lost(error)
 
 

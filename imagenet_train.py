@@ -32,6 +32,7 @@ from cifar_train import (
     own_micro_batches,
     peak_memory,
     reduced,
+    refuse_all_but,
     resolve_unit,
     say,
     start,
@@ -261,6 +262,8 @@ def parse_flags():
     add("--recompute-bn", type=int, default=0, metavar="N", help="before, BN's statistics over N training images")
     args = parser.parse_args()
     try:
+        if args.evaluate:
+            refuse_all_but(parser, args, "evaluate test recompute_bn data device workers batch_size out timeout")
         resolve(args)
     except ValueError as error:
         checkpoint.fail(error)

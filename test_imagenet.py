@@ -550,6 +550,8 @@ def test_a_run_and_its_folder(start, monkeypatch):  # noqa: F811
     assert (found["top1"], found["top5"]) == (result["val_top1"], result["val_top5"])
     status, again = start("--evaluate", "run", "--out", "run", "--device", "cpu")
     assert status == 2 and "--out run is the folder of a training run" in again
+    status, again = start("--evaluate", "run", "--crop", 64, "--precision", "bf16")
+    assert status == 2 and "--evaluate takes --crop, --precision from the run's own config.json" in again
     found["iterations"] = [3]  # as if evaluated in the middle of training
     pathlib.Path("run/1-crop.json").write_text(json.dumps(found | {"top1": 0.0}))
     assert start(*TINY, "--out", "run", "--test", "1-crop")[0] == 0

@@ -256,6 +256,18 @@ def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
     assert "ended at once" in printed(out) and printed(tmp_path / "alone").count("ended at once") == 3
 
 
+def test_a_signal_that_also_stops_what_is_waited_for(start, monkeypatch):
+    """Ctrl-C reaches --compile's compiler too, and what it breaks with is no error of the run."""
+
+    def broken(args, net, images, state, run, stop, device):
+        stop.asked = signal.SIGINT
+        raise RuntimeError("the compiler was interrupted")
+
+    monkeypatch.setattr(cifar_train, "train", broken)
+    status, printed = start(*TINY.split(), "--out", "run")
+    assert status == 130 and "Traceback" not in printed
+
+
 def test_a_forked_child_does_not_listen(start):
     """A loader's worker: what asks the run to stop must not end it, nor pass for a signal to its parent."""
     assert start(*TINY.split(), "--out", "run")[0] == 0

@@ -192,9 +192,11 @@ def ignore_signals(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def lost(error):
+def lost(error, asked=0):
     """End with status 1 after an error that came of a process that died or hangs, naming it; raise any other error."""
     if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+        if asked:  # the signal went to what this process waited for too, such as a compiler
+            sys.exit(128 + asked)
         raise error
     hangs, rank, answered = "Timed out" in str(error), dist.get_rank(), set()
     store, everyone = dist.group.WORLD.get_group_store(), range(dist.get_world_size())

@@ -508,9 +508,7 @@ def start(work, args):
             print(f"{stopped}: stopped; what has been saved stays", file=sys.stderr)
         return stopped.status
     except RuntimeError as error:
-        if stop.asked:  # the signal went to what this process waited for too, such as a compiler
-            return 128 + stop.asked
-        checkpoint.lost(error)
+        checkpoint.lost(error, stop.asked)
 
 
 def main():

@@ -30,8 +30,12 @@ def results(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     (tmp_path / "paper").symlink_to(HERE / "paper")
     monkeypatch.setattr(report, "HERE", tmp_path)
-    monkeypatch.setattr(report, "save", lambda figure, *_: report.plt.close(figure))
     monkeypatch.setattr(sys, "argv", ["report.py"])
+
+    def draw(figure, path, *_):
+        curves = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata())]
+        make.drawn[path.name] = len(curves)
+        report.plt.close(figure)
 
     def make(name, error, lowest=None, **more):
         folder = tmp_path / "results" / name
@@ -47,6 +51,8 @@ def results(tmp_path, monkeypatch):
         (folder / "result.json").write_text(json.dumps(result))
         return folder
 
+    monkeypatch.setattr(report, "save", draw)
+    make.drawn = {}  # figure: its curves, the paper's and ours
     make.page = lambda: (tmp_path / "results" / "README.md").read_text()
     make.readme = lambda: (tmp_path / "README.md").read_text()
     return make
@@ -66,17 +72,18 @@ def test_empty_results(results, monkeypatch):
 
 
 def test_one_run(results):
-    results("cifar10/110/seed3", 6.5, lowest=6.25)
+    results("cifar10/110/seed3", 7, lowest=6.75)
     report.main()
     page = results.page()
-    assert "| original, Fig. 2(a) | 6.61 | 6.50 (n = 1) |" in page  # the last iterate's
+    assert "| original, Fig. 2(a) | 6.61 | 7.00 (n = 1) |" in page  # the last iterate's
     assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
     assert "is 0.25 % above the lowest of a run's test evaluations (mean of 1 runs)" in page
     ours = next(line for line in page.splitlines() if line.startswith("| ours (seed3)"))
-    assert ours.split("|")[2].strip() == "6.25" and ours.split("|")[8].strip() == "6.50"
+    assert ours.split("|")[2].strip() == "6.75" and ours.split("|")[8].strip() == "7.00"
     assert ours.split("|")[9].strip().startswith("0.5000 (1.")  # the paper's loss from 0 to 2,000
-    assert "| cifar10/110 | 6.61 | 6.50 (n = 1) |" in results.readme()
-    assert "More than 0.5 %" not in page
+    assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
+    assert "More than 0.5 %" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs
+    assert results.drawn["2-fig3"] == 4 * (4 + 2) and results.drawn["2-fig1"] == 4
 
 
 def test_five_seeds_and_a_diverged_one(results):
@@ -125,6 +132,7 @@ def test_imagenet_runs_and_averages(results):
     assert "| ResNet, six nets | 3.57 | 3.25 (n = 1) |" in page and "2.00 (n" not in page
     assert "| imagenet/34-A, 10-crop top-1 | 25.03 | 24.00 (n = 1) |" in results.readme()
     values = report.read_run(report.RESULTS / "imagenet/34-A/seed1")["values"]
+    assert results.drawn["1-fig4"] == 8 + 2
     assert values.keys() == {"1-crop top-1", "1-crop top-5", "training loss", "10-crop top-1", "10-crop top-5"}
 
 
@@ -168,13 +176,13 @@ def test_other_runs_and_precisions_fill_no_cell(results):
     results("cifar10/110/seed1", 6.5)
     results("cifar10/110/seed2", 1.5, precision="bf16")
     results("cifar10/110/seed3", 1.5, dataset="synthetic")
-    for name in ("cifar10/20-preact-800", "mine/seed1", "seed1"):
+    for name in ("cifar10/20-preact-800", "cifar10/110/again", "mine/seed1", "seed1"):
         results(name, 2.5)
     report.main()
     cells, _, others = results.page().partition("## Other runs")
     assert "| 6.50 (n = 1) |" in cells and "1.50" not in cells and "2.50" not in cells
     assert "| NIN | 8.81 |  |" in cells
-    for name in ("cifar10/110/seed2", "cifar10/110/seed3", "cifar10/20-preact-800", "mine/seed1", "seed1"):
+    for name in ("cifar10/110/seed2", "cifar10/110/seed3", "cifar10/110/again", "mine/seed1", "seed1"):
         assert f"[{name}]({name})" in others
 
 

@@ -54,8 +54,8 @@ def stored(image, path, **more):
 
 def near(ours, theirs, levels=2):
     """Equal up to so many grey levels: where a second implementation rounds elsewhere."""
-    ours, theirs = (torch.as_tensor(np.array(pixels)).int() for pixels in (ours, theirs))
-    return ours.shape == theirs.shape and (ours - theirs).abs().max() <= levels
+    ours, theirs = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (ours, theirs))
+    return ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= levels
 
 
 # Nets

@@ -309,30 +309,50 @@ def test_floor_counts_what_a_step_does(measure):
     assert (traffic.launches, traffic.bytes) == (2, 3 * 4000)
 
 
+PEER = """
+import os, signal
+from torch import nn
+print("imported")
+def small(classes=10): return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+def wrong(): return nn.Linear(4, 4)
+def none(): pass
+def frozen(): return small().requires_grad_(False)
+def leaves(): raise SystemExit(3)
+def killed(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_any_peer(measure, tmp_path):
     peer = tmp_path / "peer.py"
-    peer.write_text(
-        "from torch import nn\ndef small(classes=10): return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))\n"
-        "def wrong(): return nn.Linear(4, 4)\ndef none(): pass\n"
-    )
+    peer.write_text(PEER)
     for name in ("small", "small(classes=10)"):
         status, record = measure(*STEP, "--peer", f"{peer}:{name}")
         assert status == 0 and record["notes"]["the other's parameters"] == 30_730 and not record["notes"]["equal"]
     assert measure(*STEP, "--dataset", "imagenet", "--depth", 18, "--peer", "torchvision.models:resnet18")[0] == 0
-    for name in (f"{peer}:wrong", f"{peer}:none", f"{peer}:absent", "absent.py:net", "no_module:net", "math", ""):
+    found = [f"{peer}:{name}" for name in ("wrong", "none", "absent", "frozen", "leaves", "small().flatten")]
+    for name in (*found, "absent.py:net", "no_module:net", "torchvision.models:resnet19", "math", ""):
         status, printed = measure(*STEP, "--peer", name)
         assert status == 2 and f"--peer {name}" in printed and "Traceback" not in printed, name
 
 
-def test_a_peer_is_measured_in_a_process_of_its_own():
-    """Really started, timed and ended; what is wrong with it is said as if it were here."""
-    for name, status in (("torchvision.models:resnet18(num_classes=10)", 0), ("torchvision.models:resnet19", 2)):
-        done = subprocess.run(
-            [sys.executable, "benchmark.py", *STEP, "--peer", name], cwd=HERE, capture_output=True, text=True
-        )
+def test_a_peer_is_measured_in_a_process_of_its_own(tmp_path):
+    """Really started, timed and ended, also when it ends itself; what it prints is no figure."""
+    peer = tmp_path / "peer.py"
+    peer.write_text(PEER)
+    for name, status in (("small", 0), ("killed", 2)):
+        words = [sys.executable, "benchmark.py", *STEP, "--peer", f"{peer}:{name}"]
+        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-        assert all(figure["seconds"] > 0 for figure in json.loads(done.stdout or "{}").get("figures", {}).values())
-        assert bool(done.stdout) == (status == 0)
+        assert "imported" in done.stderr and ("has ended" in done.stderr) == (status == 2)
+        figures = json.loads(done.stdout)["figures"] if status == 0 else {}
+        assert all(figure["seconds"] > 0 for figure in figures.values()) and bool(done.stdout) == (status == 0)
+
+
+def test_a_damaged_photograph_is_named(measure, tmp_path):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "1.jpg").write_text("none")
+    status, printed = measure("data", "--data", tmp_path, "--pairs", 1)
+    assert status == 2 and "1.jpg cannot be read" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("words", (pytest.param("step --compile", marks=pytest.mark.slow), "evaluate", "depth", "data"))

@@ -5,7 +5,6 @@
     python benchmark.py step --dataset imagenet --depth 50 --batch-size 16 --peer torchvision.models:resnet50
     python benchmark.py step --depth 164 --unit bottleneck-preact --compile
     python benchmark.py evaluate --depth 110
-    python benchmark.py data
     python benchmark.py depth
     python benchmark.py data >> results/speed.md                              # what is printed is Markdown
 
@@ -14,20 +13,17 @@ What is compared runs in turn, A, B, A, B, ...: a ratio is the median (and the q
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
 import pathlib
-import resource
-import statistics
+import runpy
 import sys
 import tempfile
 import time
-import types
+from multiprocessing.connection import Connection
 
 import numpy as np
 import PIL.Image
@@ -35,6 +31,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
@@ -44,60 +41,53 @@ import data
 from models import cifar_resnet, compile_units, flatten, imagenet_resnet
 from units import UNITS
 
+LR = 1e-4
 # Measured by `depth`; cost per layer is compared with the first one's
 DEPTHS = {110: "basic", 20: "basic", 164: "bottleneck-preact", 1001: "bottleneck-preact", 1202: "basic"}
 
 
-def clock(args):
-    """Seconds so far: of CPU time, finished subprocesses included, or by the wall; a GPU has finished its work then."""
+def now(args):
+    """Seconds of CPU time, finished subprocesses included, or by the wall; with --clock cuda an event. A GPU has
+    finished its work then."""
+    if args.clock == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     if args.clock == "cpu":
         return time.process_time() + sum(os.times()[2:4])
-    return time.perf_counter()
+    return event if args.clock == "cuda" else time.perf_counter()
 
 
 def seconds(work, args, times=1):
-    """The seconds that one of `times` calls in a row takes; between two CUDA events with --clock cuda. In place of
-    `work`, the connection to a process that measures its own."""
-    if isinstance(work, multiprocessing.connection.Connection):
+    """The seconds that one of `times` calls in a row takes. In place of `work`, the connection to a process that
+    measures its own."""
+    if isinstance(work, Connection):
         work.send(times)
         return work.recv()
-    if args.clock == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-    began = clock(args)
+    began = now(args)
     for _ in range(times):
         work()
-    if args.clock == "cuda":
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1000 / times
-    return (clock(args) - began) / times
+    ended = now(args)
+    return (began.elapsed_time(ended) / 1000 if args.clock == "cuda" else ended - began) / times
 
 
 def compare(works, args):
     """Run {name: function} in turn, args.pairs times. Returns {name: {"seconds": median, "ratio": quartiles}}, ratios
     being to the first of them; what takes less than a fifth of a second is repeated within its turn."""
     times = {name: max(1, round(0.2 / max(seconds(work, args), 1e-6))) for name, work in works.items()}
-    turns = [{name: seconds(work, args, times[name]) for name, work in works.items()} for _ in range(args.pairs)]
-    first = next(iter(works))
-    return {
-        name: {
-            "seconds": statistics.median(turn[name] for turn in turns),
-            "ratio": np.quantile([turn[name] / turn[first] for turn in turns], (0.25, 0.5, 0.75)).tolist(),
-        }
-        for name in works
-    }
+    turns = [[seconds(work, args, times[name]) for name, work in works.items()] for _ in range(args.pairs)]
+    turns = np.array(turns)  # (pairs, works)
+    quartiles = np.quantile(turns / turns[:, :1], (0.25, 0.5, 0.75), axis=0).T.tolist()
+    found = zip(works, np.median(turns, axis=0).tolist(), quartiles, strict=True)
+    return {name: {"seconds": middle, "ratio": ratio} for name, middle, ratio in found}
 
 
 class Traffic(TorchDispatchMode):
     """Counts the operations that run inside it, and the bytes that they move when each reads its arguments and writes
     its results once. Views and allocations move nothing."""
 
-    def __init__(self):
-        super().__init__()
-        self.launches = self.bytes = 0
+    launches = bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
@@ -107,201 +97,170 @@ class Traffic(TorchDispatchMode):
         return results
 
 
-def floor(work, args, device):
+def floor(work, args):
     """What the device needs at the least for one call of `work`, operation by operation: its FLOPs at the rate of a
     large matrix product, its bytes at the rate of a large copy."""
     with FlopCounterMode(display=False) as flops, Traffic() as traffic:
         work()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    here, there = torch.ones(2, 1 << 26, device=device)  # 256 MiB each
+    n = 8192 if args.device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, dtype=dtype, device=args.device)
+    here, there = torch.ones(2, 1 << 26, device=args.device)  # 256 MiB each
     rates = compare({"copy": lambda: there.copy_(here), "matmul": lambda: a @ b}, args)
     copied, multiplied = 2 * here.nbytes / rates["copy"]["seconds"], 2 * n**3 / rates["matmul"]["seconds"]
-    needed = {"arithmetic": flops.get_total_flops() / multiplied, "traffic": traffic.bytes / copied}
-    return {
-        "FLOPs": flops.get_total_flops(),
-        "bytes": traffic.bytes,
-        "launches": traffic.launches,
-        "copy, bytes/s": copied,
-        "matmul, FLOP/s": multiplied,
-        "floor, seconds": max(needed.values()),
-        "floor, of": max(needed, key=needed.get),
-    }
+    total = flops.get_total_flops()
+    needed = {"arithmetic": total / multiplied, "traffic": traffic.bytes / copied}
+    found = {"FLOPs": total, "bytes": traffic.bytes, "launches": traffic.launches, "copy, bytes/s": copied}
+    found |= {"matmul, FLOP/s": multiplied, "floor, seconds": max(needed.values())}
+    return found | {"floor, of": max(needed, key=needed.get)}
 
 
 def build(args):
-    """The net that the flags name, and a batch of random images (in channels_last) and labels for it."""
+    """The net that the flags name, on the CPU, and a batch of random images (N, 3, H, W) and labels on the device."""
     make, size, classes = (cifar_resnet, 32, 10) if args.dataset == "cifar10" else (imagenet_resnet, 224, 1000)
     torch.manual_seed(1)
-    net = make(args.depth, UNITS[args.unit])
-    images = torch.randn(args.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return net, images, torch.randint(classes, (args.batch_size,))
+    net, images = make(args.depth, UNITS[args.unit]), torch.randn(args.batch_size, 3, size, size)
+    return net, images.to(args.device), torch.randint(classes, (args.batch_size,)).to(args.device)
 
 
-def peer(name, images, labels):
-    """The net of FILE.py:CALLABLE or MODULE:CALLABLE; in place of a callable, any expression that gives a net."""
-    place, _, expression = name.partition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("peer", place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        net = eval(expression, vars(module))
-        net = net if isinstance(net, torch.nn.Module) else net()
-        with torch.no_grad():
-            cross_entropy(net(images), labels)
-        return net
-    except Exception as error:  # somebody else's code
-        raise ValueError(f"--peer {name}: {type(error).__name__}: {error}") from None
+def training(net, images, labels, args):
+    """Our step of one micro-batch as a function without arguments, the running statistics, and the optimizer."""
+    shared, running = flatten(net.to(args.device, memory_format=torch.channels_last))
+    optimizer, autocast = cifar_train.sgd(net, LR), cifar_train.reduced(args.precision, args.device)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    batches = [(images.contiguous(memory_format=torch.channels_last), labels)]
+    words = net, batches, shared, running, optimizer, scaler, autocast
+    return functools.partial(cifar_train.step, *words), running, optimizer
 
 
-def peers_step(args, device, connection):
+def train_other(args, connection):
     """In a process of its own, with the settings that its own script would find: train the peer, or our net in NCHW
-    with plain SGD. Sends its number of parameters (or what is wrong with it), then the seconds of each turn."""
-    torch.set_num_threads(args.threads)
-    net, images, labels = build(args)
+    with plain SGD. Sends its number of parameters, then the seconds of each turn. Ends when something is wrong."""
     try:
-        net = peer(args.peer, images, labels) if args.peer is not None else net
-    except ValueError as error:
-        return connection.send(error)
-    connection.send(sum(p.numel() for p in net.parameters()))
-    net.to(device).train()
-    images, labels = images.to(device).contiguous(), labels.to(device)
-    autocast = cifar_train.reduced(args.precision, device)
-    sgd = torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-4, foreach=None if args.peer else False)
+        torch.set_num_threads(args.threads)
+        net, images, labels = build(args)
+        if args.peer is not None:  # FILE.py:CALLABLE or MODULE:CALLABLE, or any expression in place of a callable
+            place, _, expression = args.peer.partition(":")
+            with contextlib.redirect_stdout(sys.stderr):  # what it prints is no figure
+                names = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+                net = eval(expression, names)
+                net = net if isinstance(net, torch.nn.Module) else net()
+        net.to(args.device).train()
+        autocast, foreach = cifar_train.reduced(args.precision, args.device), None if args.peer else False
+        sgd = torch.optim.SGD(net.parameters(), LR, 0.9, weight_decay=1e-4, foreach=foreach)
 
-    def work():
-        with autocast:
-            loss = cross_entropy(net(images), labels)
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
+        def work():
+            with autocast:
+                loss = cross_entropy(net(images), labels)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
 
-    with contextlib.suppress(EOFError):  # until it is closed
-        while True:
-            connection.send(seconds(work, args, connection.recv()))
+        work()
+        connection.send(sum(p.numel() for p in net.parameters()))
+        with contextlib.suppress(EOFError):  # until it is closed
+            while True:
+                connection.send(seconds(work, args, connection.recv()))
+    except (Exception, SystemExit) as error:  # somebody else's code
+        print(f"benchmark.py: --peer {args.peer}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def step(args, device):
+def step(args):
     """A training step of one micro-batch, ours beside a peer's, or beside the same net in NCHW with plain SGD."""
     net, images, labels = build(args)
-    twin, there = multiprocessing.Pipe()
+    other, there = multiprocessing.Pipe()
     with there:
-        multiprocessing.get_context("spawn").Process(target=peers_step, args=(args, device, there), daemon=True).start()
-    count, theirs = sum(p.numel() for p in net.parameters()), twin.recv()
-    if isinstance(theirs, ValueError):
-        raise theirs
+        multiprocessing.get_context("spawn").Process(target=train_other, args=(args, there), daemon=True).start()
+    count, theirs = sum(p.numel() for p in net.parameters()), other.recv()
     notes = {"parameters": count, "the other's parameters": theirs, "equal": count == theirs}
 
-    net.to(device, memory_format=torch.channels_last)
-    images, labels = images.to(device), labels.to(device)
-    shared, running = flatten(net)
-    optimizer, autocast = cifar_train.sgd(net, args.lr), cifar_train.reduced(args.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-
-    def ours(_=None):
-        cifar_train.step(net, [(images, labels)], shared, running, optimizer, scaler, autocast)
-
+    ours, running, optimizer = training(net, images, labels, args)
     ours()
-    notes |= {"peak memory, bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        notes["peak memory, bytes"] = torch.cuda.max_memory_allocated(device)
-    notes |= floor(ours, args, device)
+    notes |= {"peak memory, bytes": cifar_train.peak_memory(args.device)} | floor(ours, args)
     works = {"ours": ours}
     if args.compile:
         compile_units(net)
         torch._dynamo.utils.counters.clear()
         torch.compiler.config.force_disable_caches = True  # as on a fresh machine
         torch._inductor.config.compile_threads = 1  # in this process, so that its CPU time is counted
-        notes |= {"compilation and first step, seconds": seconds(ours, args)}
-        notes |= {"compiled graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
-    if device.type == "cuda":
+        notes["compilation and first step, seconds"] = seconds(ours, args)
+        notes["compiled graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if args.device.type == "cuda":
         state = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-        nothing, works = torch.zeros(1, device=device), {}
+        nothing, works = torch.zeros(1, device=args.device), {}
         for name, deterministic in (("ours, as one CUDA graph", True), ("without cudnn.deterministic", False)):
             torch.backends.cudnn.deterministic = deterministic
-            works[name] = functools.partial(cifar_train.graphed(ours, nothing, state, args), nothing)
+            graphed = cifar_train.graphed(lambda _: ours(), nothing, state, args)
+            works[name] = functools.partial(graphed, nothing)
         torch.backends.cudnn.deterministic = True
         works["ours, launch by launch"] = ours
 
-    figures = compare(works | {args.peer or "NCHW, plain SGD": twin}, args)
+    figures = compare(works | {args.peer or "NCHW, plain SGD": other}, args)
     notes["multiple of the floor"] = next(iter(figures.values()))["seconds"] / notes["floor, seconds"]
     return figures, notes
 
 
-def evaluate(args, device):
+def evaluate(args):
     """Evaluation of a thousand CIFAR images, ours beside the same net in NCHW that keeps what a gradient would need."""
-    args.batch_size = 1000
     net, images, labels = build(args)
-    twin = copy.deepcopy(net).to(device).eval()
-    net.to(device, memory_format=torch.channels_last)
-    images, labels = (images * 50 + 128).byte().to(device), labels.to(device)
-    mean, std = torch.full((3, 32, 32), 128.0, device=device), torch.ones(3, 1, 1, device=device)
-    autocast, stop = cifar_train.reduced(args.precision, device), types.SimpleNamespace(check=lambda: None)
-    plain = images.contiguous()
+    images = (images * 50 + 128).byte()
+    mean, std = torch.full((3, 32, 32), 128.0, device=args.device), torch.ones(3, 1, 1, device=args.device)
+    autocast, stop = cifar_train.reduced(args.precision, args.device), argparse.Namespace(check=lambda: None)
+    net.to(args.device, memory_format=torch.channels_last)
+    twin, laid_out = build(args)[0].to(args.device).eval(), images.contiguous(memory_format=torch.channels_last)
+
+    def ours():
+        cifar_train.evaluate(net, laid_out, labels, mean, std, autocast, stop)
 
     def theirs():
         wrong = 0
-        for first in range(0, len(plain), 250):
+        for part, truth in zip(images.split(250), labels.split(250), strict=True):
             with autocast:
-                logits = twin((plain[first : first + 250].float() - mean) / std)
-            wrong += (logits.argmax(dim=1) != labels[first : first + 250]).sum().item()
-
-    def ours():
-        cifar_train.evaluate(net, images, labels, mean, std, autocast, stop)
+                logits = twin((part.float() - mean) / std)
+            wrong += (logits.argmax(dim=1) != truth).sum().item()
 
     return compare({"ours": ours, "NCHW, with gradients": theirs}, args), {"images": len(images)}
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures through PIL, as torchvision.datasets.CIFAR10 has them."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images.permute(0, 2, 3, 1).numpy(), transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.transform(PIL.Image.fromarray(self.images[index])), 0
+def collated(transform, pictures):
+    """A batch of pictures (H, W, 3) through PIL and a transform, as torchvision.datasets.CIFAR10 and a DataLoader make
+    it, labels included."""
+    return default_collate([(transform(PIL.Image.fromarray(picture)), 0) for picture in pictures])
 
 
-def loading(args, device):
+def loading(args):
     """Augmented images on the CPU, ours beside torchvision's transforms of PIL images: CIFAR's, and JPEG files."""
+    flip, tensor = transforms.RandomHorizontalFlip(), transforms.ToTensor()
+    normalize = transforms.Normalize(data.MEAN, data.STD)
     images = data.load_cifar("synthetic", None, 5120)[0]
-    mean, _ = data.normalisation(images, "paper")
-    crops, mean_crops = data.every_crop(images), data.every_crop(mean)
-    chain = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    chain.append(transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)))
-    pictures = Pictures(images, transforms.Compose(chain))
+    crops, mean_crops = data.every_crop(images), data.every_crop(data.normalisation(images, "paper")[0])
+    chain = transforms.Compose([transforms.RandomCrop(32, padding=4), flip, tensor, normalize])
+    pictures, collate = images.permute(0, 2, 3, 1).numpy(), functools.partial(collated, chain)
 
     def ours():
         for t in range(40):
             data.augment(crops, mean_crops, None, data.batch_draws(1, t, 128, len(images), "cpu"))
 
     def theirs(workers):
-        for _ in torch.utils.data.DataLoader(pictures, 128, shuffle=True, num_workers=workers):
+        for _ in DataLoader(pictures, 128, shuffle=True, num_workers=workers, collate_fn=collate):
             pass
 
     works = {f"CIFAR: PIL and DataLoader, {n} workers": functools.partial(theirs, n) for n in (0, 2)}
     figures = compare({"CIFAR: ours": ours} | works, args)
     notes = {f"{name}, images/s": len(images) / figure["seconds"] for name, figure in figures.items()}
-
     with tempfile.TemporaryDirectory() as folder:
         files = data.ImageFiles(pathlib.Path(args.data or made_photographs(folder)))
-        crop = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-        chain = transforms.Compose([*crop, transforms.Normalize(data.MEAN, data.STD)])
-        keys = [(0, index) for index in range(len(files))][:200]
+        keys = [(0, index) for index in range(min(200, len(files)))]
+        large = transforms.Compose([transforms.RandomResizedCrop(224), flip, tensor, normalize])
 
         def jpeg(augment):
             view = functools.partial(data.augmented, augment=augment, crop=224, seed=1)
-            data.Views(files, view, data.train_batch).__getitems__(keys)
+            batch = data.Views(files, view, data.train_batch).__getitems__(keys)
+            if isinstance(batch, ValueError):  # a damaged file
+                raise batch
 
         def pil():
-            torch.stack([chain(files.open(index).convert("RGB")) for _, index in keys])
+            torch.stack([large(files.open(index).convert("RGB")) for _, index in keys])
 
         works = {f"JPEG: ours, {augment}": functools.partial(jpeg, augment) for augment in ("scale-aspect", "scale")}
         found = compare(works | {"JPEG: PIL, RandomResizedCrop, flip, ToTensor, Normalize": pil}, args)
@@ -320,28 +279,26 @@ def made_photographs(folder):
     return folder
 
 
-def depth(args, device):
+def depth(args):
     """Construction, a step of one image, and a checkpoint, from 20 layers to 1202; the cost must grow linearly."""
-    works, notes = {}, {}
-    for depth, unit in DEPTHS.items():
-        began = clock(args)
-        net, images, labels = build(argparse.Namespace(dataset="cifar10", depth=depth, unit=unit, batch_size=1))
-        notes[f"{depth}: construction, s"] = clock(args) - began
-        shared, running = flatten(net.to(device, memory_format=torch.channels_last))
-        optimizer, scaler = cifar_train.sgd(net, args.lr), torch.amp.GradScaler(device.type, enabled=False)
-        batches, autocast = [(images.to(device), labels.to(device))], cifar_train.reduced("float32", device)
-        words = net, batches, shared, running, optimizer, scaler, autocast
-        works[f"{depth}: step of one image, per weight layer"] = functools.partial(cifar_train.step, *words)
+    args.batch_size, works, notes = 1, {}, {}
+
+    def load(folder, net, optimizer):
+        state = checkpoint.load(folder)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    for args.depth, args.unit in DEPTHS.items():
+        notes[f"{args.depth}: construction, s"] = seconds(functools.partial(build, args), args)
+        net, images, labels = build(args)
+        ours, _, optimizer = training(net, images, labels, args)
+        works[f"{args.depth}: step of one image, per weight layer"] = ours
         with tempfile.TemporaryDirectory() as folder:
-            run, began = checkpoint.Run(folder, {}), clock(args)
-            run.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
-            notes[f"{depth}: save, s"] = clock(args) - began
-            notes[f"{depth}: checkpoint, bytes"] = pathlib.Path(folder, "checkpoint.pt").stat().st_size
-            began = clock(args)
-            state = checkpoint.load(folder)
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            notes[f"{depth}: load, s"] = clock(args) - began
+            state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+            save = functools.partial(checkpoint.Run(folder, {}).save, state)
+            notes[f"{args.depth}: save, s"] = seconds(save, args)
+            notes[f"{args.depth}: checkpoint, bytes"] = pathlib.Path(folder, "checkpoint.pt").stat().st_size
+            notes[f"{args.depth}: load, s"] = seconds(functools.partial(load, folder, net, optimizer), args)
     figures = compare(works, args)
     for depth, figure in zip(DEPTHS, figures.values(), strict=True):
         figure["seconds"] /= depth
@@ -368,9 +325,7 @@ def parse_flags():
             add("--compile", action="store_true", help="compile the units")
             add("--peer", metavar="FILE.py:CALLABLE", help="or MODULE:CALLABLE; what it returns is trained beside ours")
         if name == "data":
-            add(
-                "--data", metavar="DIR", help="class folders of JPEG files, such as ImageNet's train (default: made up)"
-            )
+            add("--data", metavar="DIR", help="class folders of JPEG files, as ImageNet's train (default: made up)")
         if name != "depth":
             add("--min-ratio", type=float, metavar="R", help="exit status 1 when other / ours, lower quartile, is less")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
@@ -378,52 +333,48 @@ def parse_flags():
         add("--threads", type=int, default=1, metavar="N", help="(default 1)")
         add("--pairs", type=int, default=15, metavar="N", help="turns of all that is compared (default 15)")
         add("--json", action="store_true", help="print one line of JSON")
-    parser.set_defaults(dataset="cifar10", precision="float32", recipe="paper", lr=1e-4, min_ratio=None)
+    parser.set_defaults(dataset="cifar10", depth=20, unit=None, batch_size=1000, precision="float32", min_ratio=None)
     args = parser.parse_args()
-    for name in ("batch_size", "threads", "pairs"):
-        if getattr(args, name, 1) < 1:
-            checkpoint.fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if getattr(args, "unit", "") is None:
-        deep = args.depth in (164, 1001) if args.dataset == "cifar10" else args.depth >= 50
-        args.unit = "bottleneck" if deep else "basic"
+    bottlenecks = (164, 1001) if args.dataset == "cifar10" else (50, 101, 152, 200)
+    args.unit = args.unit or ("bottleneck" if args.depth in bottlenecks else "basic")
     return args
 
 
 def main():
-    args = parse_flags()
-    torch.set_num_threads(args.threads)
+    args, before = parse_flags(), os.getloadavg()[0]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    before = os.getloadavg()[0]
     try:
-        device = checkpoint.start_processes(args.device)
-        args.clock = args.clock or ("cuda" if device.type == "cuda" else "cpu")
-        if args.clock == "cuda" and device.type != "cuda":
+        cifar_train.at_least(args, batch_size=1, threads=1, pairs=1)
+        torch.set_num_threads(args.threads)
+        args.device = checkpoint.start_processes(args.device)
+        args.clock = args.clock or ("cuda" if args.device.type == "cuda" else "cpu")
+        if args.clock == "cuda" and args.device.type != "cuda":
             raise ValueError("--clock cuda needs a GPU")
-        figures, notes = FIGURES[args.figure](args, device)
-    except ValueError as error:
-        checkpoint.fail(error)
-    where = checkpoint.environment({"device": device.type, "precision": args.precision})
+        figures, notes = FIGURES[args.figure](args)
+    except (ValueError, OSError, EOFError) as error:
+        checkpoint.fail(str(error) or "the other's process has ended")
+    where = checkpoint.environment({"device": args.device.type, "precision": args.precision})
     where |= {"cores": os.cpu_count(), "load average": [before, os.getloadavg()[0]], "clock": args.clock}
     if args.json:
         print(json.dumps({"figures": figures, "notes": notes, "environment": where}))
     else:
-        print(f"\n## `{where['command']}`\n\n| | milliseconds | times the first: median (quartiles) |\n|---|---|---|")
+        print(
+            f"\n## `{where.pop('command')}`\n\n| | milliseconds | times the first: median (quartiles) |\n|---|---|---|"
+        )
         for name, figure in figures.items():
             low, middle, high = figure["ratio"]
             print(f"| {name} | {1000 * figure['seconds']:,.4g} | {middle:.2f} ({low:.2f}, {high:.2f}) |")
-        print(f"\n{args.pairs} turns. " + "; ".join(f"{name}: {shown(value)}" for name, value in notes.items()) + ".\n")
-        print("; ".join(f"{name}: {shown(value)}" for name, value in where.items() if name != "command") + ".")
-    ratio = list(figures.values())[-1]["ratio"][0]
-    return 1 if args.min_ratio is not None and ratio < args.min_ratio else 0
+        notes, where = ("; ".join(f"{name}: {shown(v)}" for name, v in found.items()) for found in (notes, where))
+        print(f"\n{args.pairs} turns. {notes}.\n\n{where}.")
+    *_, last = figures.values()
+    return 1 if args.min_ratio is not None and last["ratio"][0] < args.min_ratio else 0
 
 
 def shown(value):
-    """A number with as many digits as one reads; anything else as it is."""
+    """A number, or a list of them, with as many digits as one reads; anything else as it is."""
     if isinstance(value, list):
         return ", ".join(map(shown, value))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
 if __name__ == "__main__":

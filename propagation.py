@@ -14,15 +14,13 @@ import pathlib
 import sys
 
 import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.functional import cross_entropy, relu
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.functional import cross_entropy, relu  # noqa: E402
-
-import units  # noqa: E402
-from models import cifar_resnet  # noqa: E402
+import units
+from models import cifar_resnet
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -55,7 +53,13 @@ NETS = {
     "full pre-activation, Fig. 4(e)": (units.BasicPreAct, {}, 1),
 }
 
-SEE = """What one should see, the gradient coming from the right, as a multiple of what it is after the last unit:
+PAGE = """# Signal and gradient through depth: [2] Sections 2 and 3
+
+Written by `python propagation.py --depth {depth}`: a new net of each unit, 16 images of noise.
+
+![signal and gradient through depth]({picture})
+
+What one should see, the gradient coming from the right, as a multiple of what it is after the last unit:
 
 - **On the shortcuts alone (top).** With an identity and nothing after the addition, (c) to (e) of Fig. 4, all of it
   arrives; only the two units that change the shape change it. With 0.5 on (e)'s shortcut each unit halves it: eq. (8).
@@ -67,6 +71,12 @@ SEE = """What one should see, the gradient coming from the right, as a multiple 
   of the plain net's, which grows exponentially from unit to unit. With identities it grows far less, and most of that
   in a stage's first units.
 - **The signal (bottom)** is with identities a sum of all F's before and grows; a shortcut that forgets keeps it level.
+
+| unit | lambda | shortcuts alone, eq. (8) | measured | a unit (the last {some}) | gradient | signal |
+|---|---|---|---|---|---|---|
+{rows}
+
+Gradients at the first unit's input, the signal at the last one's output.
 """
 
 
@@ -81,14 +91,13 @@ def propagate(net, images, labels):
 
     x = signals()
     gradients = torch.autograd.grad(cross_entropy(net.fc(net.last(x[-1]).mean(dim=(2, 3))), labels), x)
-    if not hasattr(chain[0], "shortcut"):
-        return x, gradients, [*(torch.zeros_like(g) for g in gradients[:-1]), gradients[-1]]
     for unit in chain:
-        unit.residual = lambda a, residual=unit.residual: residual(a).detach()
+        # requires_grad_, as from nothing but constants, a plain net's, no gradient could be asked
+        unit.residual = lambda a, residual=unit.residual: residual(a).detach().requires_grad_()
         if hasattr(unit, "gate"):
             unit.gate.register_forward_hook(lambda gate, inputs, output: output.detach())
     again = signals()
-    return x, gradients, torch.autograd.grad(again[-1], again, gradients[-1])
+    return x, gradients, torch.autograd.grad(again[-1], again, gradients[-1], materialize_grads=True)
 
 
 def measure(depth):
@@ -108,7 +117,8 @@ def measure(depth):
 def draw(found, path):
     """What came on the shortcuts, the gradient and the signal, for the units of Fig. 2 and for those of Fig. 4."""
     names, last = list(found), len(found["plain"]) - 1
-    figure, grid = plt.subplots(3, 2, figsize=(12, 13), sharex=True, sharey="row", height_ratios=(4, 3, 3))
+    figure = Figure(figsize=(12, 13))
+    grid = figure.subplots(3, 2, sharex=True, sharey="row", height_ratios=(4, 3, 3))
     columns = {"Fig. 2: what stands on the shortcut": names[:11], "Fig. 4: the order": names[:1] + names[11:]}
     rows = {"gradient that came on shortcuts alone": 2, "gradient": 1, "signal (root mean square)": 0}
     for axes, (title, nets) in zip(grid.T, columns.items(), strict=True):
@@ -128,32 +138,20 @@ def draw(found, path):
         axes[2].set_xlabel("unit (grey: where the shape changes)")
     figure.suptitle(f"{2 * last + 2} layers at initialisation: gradients as multiples of that after the last unit")
     figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "resnet"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "resnet"  # the same picture is the same file
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=90)
-    plt.close(figure)
 
 
 def page(found, picture):
     """The picture, what one should see in it, and a table, as Markdown."""
-    last = len(found["plain"]) - 1
+    last, rows = len(found["plain"]) - 1, []
     some = max(1, min(10, last // 3 - 1))  # units within the last stage
-    lines = [
-        "# Signal and gradient through depth: [2] Sections 2 and 3",
-        "",
-        f"Written by `python propagation.py --depth {2 * last + 2}`: a new net of each unit, 16 images of noise.",
-        *("", f"![signal and gradient through depth]({picture})", "", SEE),
-        f"| unit | lambda | shortcuts alone, eq. (8) | measured | a unit (the last {some}) | gradient | signal |",
-        "|---|---|---|---|---|---|---|",
-    ]
     for net, values in found.items():
-        scale, (_, gradient, part, predicted) = NETS[net][2], values[0]
-        rate, signal = values[-1 - some][2] ** (1 / some), values[-1][0]
-        by_eq_8 = ("", "") if scale is None else (f"{scale:g}", f"{predicted:.2g}")
-        shown = [net, *by_eq_8, f"{part:.2g}", f"{rate:.3f}", f"{gradient:.2g}", f"{signal:.2f}"]
-        lines.append("| " + " | ".join(shown) + " |")
-    lines += ["", "Gradients at the first unit's input, the signal at the last one's output."]
-    return "\n".join(lines) + "\n"
+        scale, (_, gradient, part, predicted), rate = NETS[net][2], values[0], values[-1 - some][2] ** (1 / some)
+        by_eq_8 = " | " if scale is None else f"{scale:g} | {predicted:.2g}"
+        rows.append(f"| {net} | {by_eq_8} | {part:.2g} | {rate:.3f} | {gradient:.2g} | {values[-1][0]:.2f} |")
+    return PAGE.format(depth=2 * last + 2, picture=picture, some=some, rows="\n".join(rows))
 
 
 def main():
@@ -164,19 +162,20 @@ def main():
     torch.set_num_threads(1)  # the same figures whatever the number of cores
     try:
         found = measure(depth)
+        text = page(found, path.name + ".svg")
         RESULTS.mkdir(exist_ok=True)
         with open(path.with_suffix(".csv"), "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["net", "l", "signal", "gradient", "on_shortcuts", "predicted"])
-            for net, rows in found.items():
-                for at, row in enumerate(rows):
-                    writer.writerow([net, at, *("" if value is None else f"{value:.6g}" for value in row)])
+            for net, values in found.items():
+                shown = [["" if value is None else f"{value:.6g}" for value in row] for row in values]
+                writer.writerows([net, at, *row] for at, row in enumerate(shown))
         draw(found, path)
-        path.with_suffix(".md").write_text(page(found, path.name + ".svg"))
+        path.with_suffix(".md").write_text(text)
     except (ValueError, OSError) as error:
         print(f"propagation.py: {error}", file=sys.stderr)
         return 2
-    print(page(found, path.name + ".svg"))
+    print(text)
     return 0
 
 

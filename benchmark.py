@@ -133,45 +133,74 @@ def training(net, images, labels, args):
     return functools.partial(cifar_train.step, *words), running, optimizer
 
 
-def train_other(args, connection):
-    """In a process of its own, with the settings that its own script would find: train the peer, or our net in NCHW
-    with plain SGD. Sends its number of parameters, then the seconds of each turn. Ends when something is wrong."""
+def peers_step(args):
+    """A training step of the peer, or of our net in NCHW with plain SGD, as a function, and its parameters' number."""
+    net, images, labels = build(args)
+    if args.peer is not None:  # FILE.py:CALLABLE or MODULE:CALLABLE, or any expression in place of a callable
+        place, _, expression = args.peer.partition(":")
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no figure
+            names = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+            net = eval(expression, names)
+            net = net if isinstance(net, torch.nn.Module) else net()
+    net.to(args.device).train()
+    autocast, foreach = cifar_train.reduced(args.precision, args.device), None if args.peer else False
+    sgd = torch.optim.SGD(net.parameters(), LR, 0.9, weight_decay=1e-4, foreach=foreach)
+
+    def work():
+        with autocast:
+            loss = cross_entropy(net(images), labels)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+
+    return work, sum(p.numel() for p in net.parameters())
+
+
+def plain_evaluation(args):
+    """An evaluation in NCHW that keeps what a gradient would need, as a function, and the images' number."""
+    net, images, labels, mean, std = to_evaluate(args)
+    autocast = cifar_train.reduced(args.precision, args.device)
+
+    def work():
+        wrong = 0
+        for part, truth in zip(images.split(250), labels.split(250), strict=True):
+            with autocast:
+                logits = net((part.float() - mean) / std)
+            wrong += (logits.argmax(dim=1) != truth).sum().item()
+
+    net.eval()
+    return work, len(images)
+
+
+def apart(make, args):
+    """(connection, number): what make(args) gives, in a process of its own, with the settings that its own script would
+    find. Over the connection `seconds` measures it."""
+    here, there = multiprocessing.Pipe()
+    with there:
+        multiprocessing.get_context("spawn").Process(target=serve, args=(make, args, there), daemon=True).start()
+    return here, here.recv()
+
+
+def serve(make, args, connection):
+    """In that process: send the number, then the seconds of each turn. Ends when something is wrong."""
     try:
         torch.set_num_threads(args.threads)
-        net, images, labels = build(args)
-        if args.peer is not None:  # FILE.py:CALLABLE or MODULE:CALLABLE, or any expression in place of a callable
-            place, _, expression = args.peer.partition(":")
-            with contextlib.redirect_stdout(sys.stderr):  # what it prints is no figure
-                names = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
-                net = eval(expression, names)
-                net = net if isinstance(net, torch.nn.Module) else net()
-        net.to(args.device).train()
-        autocast, foreach = cifar_train.reduced(args.precision, args.device), None if args.peer else False
-        sgd = torch.optim.SGD(net.parameters(), LR, 0.9, weight_decay=1e-4, foreach=foreach)
-
-        def work():
-            with autocast:
-                loss = cross_entropy(net(images), labels)
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-
+        work, number = make(args)
         work()
-        connection.send(sum(p.numel() for p in net.parameters()))
+        connection.send(number)
         with contextlib.suppress(EOFError):  # until it is closed
             while True:
                 connection.send(seconds(work, args, connection.recv()))
     except (Exception, SystemExit) as error:  # somebody else's code
-        print(f"benchmark.py: --peer {args.peer}: {type(error).__name__}: {error}", file=sys.stderr)
+        peer = f"--peer {args.peer}: " if getattr(args, "peer", None) is not None else ""
+        print(f"benchmark.py: {peer}{type(error).__name__}: {error}", file=sys.stderr)
 
 
 def step(args):
     """A training step of one micro-batch, ours beside a peer's, or beside the same net in NCHW with plain SGD."""
     net, images, labels = build(args)
-    other, there = multiprocessing.Pipe()
-    with there:
-        multiprocessing.get_context("spawn").Process(target=train_other, args=(args, there), daemon=True).start()
-    count, theirs = sum(p.numel() for p in net.parameters()), other.recv()
+    other, theirs = apart(peers_step, args)
+    count = sum(p.numel() for p in net.parameters())
     notes = {"parameters": count, "the other's parameters": theirs, "equal": count == theirs}
 
     ours, running, optimizer = training(net, images, labels, args)
@@ -200,26 +229,24 @@ def step(args):
     return figures, notes
 
 
+def to_evaluate(args):
+    """A net, a thousand CIFAR images (uint8) and labels, and the images' mean and standard deviation, on the device."""
+    net, images, labels = build(args)
+    mean, std = torch.full((3, 32, 32), 128.0, device=args.device), torch.ones(3, 1, 1, device=args.device)
+    return net.to(args.device), (images * 50 + 128).byte(), labels, mean, std
+
+
 def evaluate(args):
     """Evaluation of a thousand CIFAR images, ours beside the same net in NCHW that keeps what a gradient would need."""
-    net, images, labels = build(args)
-    images = (images * 50 + 128).byte()
-    mean, std = torch.full((3, 32, 32), 128.0, device=args.device), torch.ones(3, 1, 1, device=args.device)
+    net, images, labels, mean, std = to_evaluate(args)
+    net, images = (t.to(memory_format=torch.channels_last) for t in (net, images))
     autocast, stop = cifar_train.reduced(args.precision, args.device), argparse.Namespace(check=lambda: None)
-    net.to(args.device, memory_format=torch.channels_last)
-    twin, laid_out = build(args)[0].to(args.device).eval(), images.contiguous(memory_format=torch.channels_last)
 
     def ours():
-        cifar_train.evaluate(net, laid_out, labels, mean, std, autocast, stop)
+        cifar_train.evaluate(net, images, labels, mean, std, autocast, stop)
 
-    def theirs():
-        wrong = 0
-        for part, truth in zip(images.split(250), labels.split(250), strict=True):
-            with autocast:
-                logits = twin((part.float() - mean) / std)
-            wrong += (logits.argmax(dim=1) != truth).sum().item()
-
-    return compare({"ours": ours, "NCHW, with gradients": theirs}, args), {"images": len(images)}
+    other, number = apart(plain_evaluation, args)
+    return compare({"ours": ours, "NCHW, with gradients": other}, args), {"images": number}
 
 
 def collated(transform, pictures):

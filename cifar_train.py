@@ -10,6 +10,7 @@ The same command again continues a run that was stopped.
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -84,15 +85,18 @@ def evaluate(net, images, labels, mean, std, autocast, stop):
 
 
 class Cifar:
-    """CIFAR as `train` sees it: all of it on the device, and a step's images one gather from their draws.
+    """CIFAR as `train` sees it: all of it on the device, a step's images one gather away from its draws.
 
-    sets: {"train": (images, labels), "test": ...} and perhaps "val".
+    sets: {"train": (images, labels), "test": ...} and perhaps "val". What `train` uses: size, the number of training
+    images; rows_at, the iterations after which the log gets a row; columns, the row's errors and how they are called;
+    flags, those that the result names beside all nets' own; lr_at, sgd_arguments, in_checkpoint; and the methods.
     """
 
     as_a_graph = True  # on CUDA
+    flags = ["recipe"]
 
     def __init__(self, args, sets, device):
-        self.args, self.device = args, device
+        self.args, self.device, self.lr_at = args, device, functools.partial(lr_at, args=args)
         self.mean, self.std = (t.to(device) for t in data.normalisation(sets["train"][0], args.recipe))
         self.sets = {name: (images.to(device), labels.to(device)) for name, (images, labels) in sets.items()}
         images, self.labels = self.sets.pop("train")
@@ -100,25 +104,25 @@ class Cifar:
         self.crops, self.mean_crops = data.every_crop(images), data.every_crop(self.mean)
         self.scale = None if args.recipe == "paper" else self.std  # which is 1 there
         self.watched = "val" if "val" in sets else "test"  # what is evaluated on the way; at the end, everything
-        self.columns = [f"{name}_error" for name in self.sets]
+        self.columns = {f"{name}_error": f"{name} error" for name in self.sets}
         every = max(250, args.iterations // 32)
         self.rows_at = {*range(every, args.iterations, every), args.iterations}
         self.in_checkpoint = {"mean": self.mean, "std": self.std}
-        self.sgd = {"nesterov": RECIPES[args.recipe]["nesterov"]}
-        self.sgd |= {"decay_all": RECIPES[args.recipe]["decay_all"] or args.decay_all}
-
-    def lr_at(self, iteration):
-        return lr_at(iteration, self.args)
+        self.sgd_arguments = {"nesterov": RECIPES[args.recipe]["nesterov"]}
+        self.sgd_arguments |= {"decay_all": RECIPES[args.recipe]["decay_all"] or args.decay_all}
 
     def draw(self, iteration):
+        """What an iteration's images are made of."""
         return data.batch_draws(self.args.seed, iteration, self.args.batch_size, self.size, self.device)
 
     def micro_batches(self, draws):
+        """This process's (images, labels) of what was drawn."""
         parts = draws.split(self.args.micro_batch, dim=1)
         parts = [parts[i] for i in own_micro_batches(self.args)]
         return [(data.augment(self.crops, self.mean_crops, self.scale, p), self.labels[p[0]]) for p in parts]
 
     def errors(self, net, iteration, autocast, stop):
+        """{column: error in %} after an iteration."""
         wanted = [name for name in self.sets if name == self.watched or iteration == self.args.iterations]
         found = {f"{n}_error": evaluate(net, *self.sets[n], self.mean, self.std, autocast, stop) for n in wanted}
         return dict.fromkeys(self.columns) | found
@@ -130,15 +134,15 @@ def own_micro_batches(args):
     return range(rank * count // world, (rank + 1) * count // world)
 
 
-def train(args, net, images, state, run, stop, device):
+def train(args, net, source, state, run, stop, device):
     """Train a net, on from a checkpoint's state where there is one, to args.iterations or until it diverges.
 
-    images: a Cifar, or the like. Process 0 writes the run's folder. Returns the result; raises Stopped, with everything
-    saved, when asked to stop, and exits with status 2 at an image that cannot be read.
+    source: a Cifar, or what ImageNet has in its place. Process 0 writes the run's folder. Returns the result; raises
+    Stopped, with everything saved, when asked to stop, and exits with status 2 when the source gives up.
     """
     rank, tail = dist.get_rank(), math.ceil(args.iterations / 10)
     shared, running = flatten(net)
-    optimizer = sgd(net, args.lr, **images.sgd)
+    optimizer = sgd(net, args.lr, **source.sgd_arguments)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = reduced(args.precision, device)
     # not torch.manual_seed, which seeds every kind of device and takes the host a hundred times as long
@@ -158,31 +162,31 @@ def train(args, net, images, state, run, stop, device):
     saved = time.monotonic()
 
     def iterate(draws):
-        step(net, images.micro_batches(draws), shared, running, optimizer, scaler, autocast)
+        step(net, source.micro_batches(draws), shared, running, optimizer, scaler, autocast)
 
     changing = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-    if device.type == "cuda" and images.as_a_graph and not args.compile:
-        iterate = graphed(iterate, images.draw(iteration), changing, args)
+    if device.type == "cuda" and source.as_a_graph and not args.compile:
+        iterate = graphed(iterate, source.draw(iteration), changing, args)
 
     def finite():
         return bool(torch.stack([t.isfinite().all() for t in (sums, *changing)]).all())
 
     def save():
-        state = images.in_checkpoint | {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+        state = source.in_checkpoint | {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "sums": sums, "iteration": iteration, "rows": rows}
         return rank != 0 or run.save(state | {"seconds": time.monotonic() - began})
 
     def log(iterations):
         loss, error = (sums[:2] / iterations).tolist()
-        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / images.size, 3)}
-        row |= {"lr": images.lr_at(iteration - 1), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
-        row |= images.errors(net, iteration, autocast, stop)
+        row = {"iteration": iteration, "epoch": round(iteration * args.batch_size / source.size, 3)}
+        row |= {"lr": source.lr_at(iteration - 1), "train_loss": round(loss, 6), "train_error": round(100 * error, 4)}
+        row |= source.errors(net, iteration, autocast, stop)
         rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
         sums[:2] = 0
         if rank == 0:
             run.log(rows)
-            found = {name.replace("_", " "): row[name] for name in images.columns if row[name] is not None}
-            errors = "  ".join(f"{name} {value:.2f} %" for name, value in found.items())
+            said = {said: row[name] for name, said in source.columns.items() if row[name] is not None}
+            errors = "  ".join(f"{name} {value:.2f} %" for name, value in said.items())
             place = f"iteration {iteration:,} of {args.iterations:,}, epoch {row['epoch']:.1f}"
             say(f"{place}  lr {row['lr']:g}  training loss {loss:.4f}  {errors}  {rows[-1]['seconds']:,.0f} s")
 
@@ -193,7 +197,7 @@ def train(args, net, images, state, run, stop, device):
     try:
         while True:
             logged = rows[-1]["iteration"] if rows else 0
-            if iteration > logged and iteration in images.rows_at:
+            if iteration > logged and iteration in source.rows_at:
                 if not finite():
                     break
                 log(iteration - logged)
@@ -204,9 +208,9 @@ def train(args, net, images, state, run, stop, device):
                     break
                 save()
                 saved = time.monotonic()
-            draws = images.draw(iteration)
+            draws = source.draw(iteration)
             for group in optimizer.param_groups:
-                group["lr"].fill_(images.lr_at(iteration))
+                group["lr"].fill_(source.lr_at(iteration))
             generator.manual_seed(data.mix(args.seed, iteration, rank))  # for dropout: pure, as all draws are
             iterate(draws)
             sums[:2] += shared[-2:]
@@ -214,20 +218,20 @@ def train(args, net, images, state, run, stop, device):
                 sums[2] += shared[-2]
             iteration += 1
             bar.update()
-    except (checkpoint.Stopped, SystemExit):  # asked to stop; or an image could not be read
+    except (checkpoint.Stopped, SystemExit):  # asked to stop; or the source gave up
         if finite() and save() and rank == 0:
-            print(f"saved in {args.out}; the same command continues it", file=sys.stderr)
+            checkpoint.tell(f"saved in {args.out}; the same command continues it")
         raise
     finally:
         bar.close()
     diverged = not finite()
     if not diverged:
         save()
-    names = "dataset depth unit unit_args recipe augment crop seed epochs iterations batch_size micro_batch precision"
+    names = "dataset depth unit unit_args seed iterations batch_size micro_batch precision".split()
     return {
-        **{name: getattr(args, name) for name in names.split() if hasattr(args, name)},
+        **{name: getattr(args, name) for name in names + source.flags},
         "parameters": sum(p.numel() for p in net.parameters()),
-        **{name: None if diverged else rows[-1][name] for name in images.columns},
+        **{name: None if diverged else rows[-1][name] for name in source.columns},
         "train_loss": None if diverged else round(sums[2].item() / tail, 6),
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(device),
@@ -368,18 +372,18 @@ def parse_flags():
         if args.evaluate is None:
             resolve(args)
         else:
-            refuse_all_but(parser, args, "evaluate data device timeout")
+            refuse_all_but("--evaluate --data --device --timeout")
     except ValueError as error:
         checkpoint.fail(error)
     return args
 
 
-def refuse_all_but(parser, args, names):
-    """Raises ValueError when a flag was given, beside --evaluate, of which the run's folder decides."""
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    wrong = ["--" + name.replace("_", "-") for name in given if name not in names.split()]
+def refuse_all_but(names):
+    """Raises ValueError when the command line has other flags than these: with --evaluate the run's folder decides."""
+    given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    wrong = [flag for flag in given if flag not in names.split()]
     if wrong:
-        raise ValueError(f"--evaluate takes {', '.join(wrong)} from the run's own config.json")
+        raise ValueError(f"--evaluate goes without {', '.join(wrong)}: the run's own config.json decides")
 
 
 def resolve_unit(args, bottlenecks, **defaults):
@@ -420,8 +424,10 @@ def at_least(args, **minima):
 def check_recipe(args):
     """Raises ValueError when a number of the recipe is impossible or the batches cannot be divided as said."""
     at_least(args, batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if not 0 < args.lr <= torch.finfo(torch.float32).max:
+        raise ValueError(f"--lr must be a positive float32, not {args.lr}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if args.batch_size % args.micro_batch:
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
     count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE", 1))
@@ -466,9 +472,9 @@ def evaluate_run(flags, device, stop):
 
 def train_run(args, device, stop):
     """Train the net that the flags name, or say that this has been done; the result is in the run's folder."""
-    args.data = args.data or "data"
+    args.data, columns = args.data or "data", {"test_error": "test error"}
     with checkpoint.all_or_none():
-        done = checkpoint.result(args.out)
+        done = checkpoint.result(args.out, columns)
         sets = None if done else load_sets(args)
         net = new_net(args).to(device, memory_format=torch.channels_last)
         if args.compile and not done:
@@ -476,20 +482,20 @@ def train_run(args, device, stop):
         flags = {name: value for name, value in vars(args).items() if name != "evaluate"}
         run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
         state = None if done else checkpoint.load(args.out, flags)
-    checkpoint.agree(args.out, done, state and state["iteration"])
+    checkpoint.agree(args.out, done is None, state and state["iteration"])
     result = done or train(args, net, Cifar(args, sets, device), state, run, stop, device)
-    return finish(run, result, done, lambda: f"test error {result['test_error']:.2f} %")
+    return finish(run, result, done, columns)
 
 
-def finish(run, result, done, errors):
+def finish(run, result, done, columns, paper=""):
     """Write result.json, if that has not been done, and say how the run ended. Returns the exit status."""
     if not run:
         return 0
     status = run.status if done else run.finish(result)
-    if checkpoint.result(run.folder):
-        how = "diverged" if result["diverged"] else errors()
+    if (run.folder / "result.json").exists():
+        errors = [] if result["diverged"] else [f"{said} {result[name]:.2f} %" for name, said in columns.items()]
         files = f"its files are in {run.folder} (its curve: python report.py {run.folder})"
-        say(f"{'already finished' if done else 'finished'}: {how}; {files}")
+        say(f"{'already finished' if done else 'finished'}: {', '.join(errors) or 'diverged'}{paper}; {files}")
     return status
 
 
@@ -505,7 +511,7 @@ def start(work, args):
         return work(args, device, stop)
     except checkpoint.Stopped as stopped:
         if dist.get_rank() == 0:
-            print(f"{stopped}: stopped; what has been saved stays", file=sys.stderr)
+            checkpoint.tell(f"{stopped}: stopped; what has been saved stays")
         return stopped.status
     except RuntimeError as error:
         checkpoint.lost(error, stop.asked)

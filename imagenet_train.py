@@ -24,20 +24,8 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import cifar_train
 import data
-from cifar_train import (
-    at_least,
-    check_recipe,
-    finish,
-    own_micro_batches,
-    peak_memory,
-    reduced,
-    refuse_all_but,
-    resolve_unit,
-    say,
-    start,
-    train,
-)
 from models import compile_units, imagenet_resnet
 from units import UNITS
 
@@ -61,7 +49,7 @@ def evaluate(nets, images, protocol, args, device, stop):
     ]
     view = functools.partial(data.test_views, protocol=protocol, crop=args.crop)
     flips = data.PROTOCOLS[protocol][-1]
-    autocast = reduced(args.precision, device)
+    autocast = cifar_train.reduced(args.precision, device)
     right = torch.zeros(2, dtype=torch.int64, device=device)
     for net in nets:
         net.eval()
@@ -88,33 +76,32 @@ def evaluate(nets, images, protocol, args, device, stop):
 
 
 class ImageNet:
-    """ImageNet as `train` sees it: workers decode a step's images while the one before is computed. sets: the training
-    and the validation images."""
+    """ImageNet in the place of cifar_train.Cifar: workers decode a step's images while the one before is computed.
+    sets: the training and the validation images."""
 
     as_a_graph = False  # a batch comes from the host, and few large kernels are quickly launched
-    columns = ["val_top1", "val_top5"]
-    sgd = {}
+    columns = {"val_top1": "top-1 error", "val_top5": "top-5 error"}
+    flags = ["augment", "crop", "epochs"]
+    sgd_arguments = {}
 
     def __init__(self, args, sets, device, iteration):
         self.args, self.device, self.val, self.size = args, device, sets[1], args.images
+        self.lr_at = functools.partial(lr_at, args=args)
         ends = (round(epoch * args.images / args.batch_size) for epoch in range(1, args.epochs + 1))
         self.rows_at = {max(1, end) for end in ends}
         self.in_checkpoint = {"classes": sets[0].classes}
-        self.mine = own_micro_batches(args)
+        self.mine = cifar_train.own_micro_batches(args)
         view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
-        words = args.seed, args.images, args.batch_size, args.micro_batch, self.mine, iteration
-        self.stream = load(sets[0], view, data.train_batch, data.image_batches(*words), args, device)
+        keys = data.image_batches(args.seed, self.size, args.batch_size, args.micro_batch, self.mine, iteration)
+        self.stream = load(sets[0], view, data.train_batch, keys, args, device)
         self.clock = Waiting(args, device)
-
-    def lr_at(self, iteration):
-        return lr_at(iteration, self.args)
 
     def draw(self, iteration):
         with self.clock, checkpoint.all_or_none():
             return [next(self.stream) for _ in self.mine]
 
-    def micro_batches(self, draws):
-        batches = [[t.to(self.device, non_blocking=True) for t in batch] for batch in draws]
+    def micro_batches(self, batches):
+        batches = [[t.to(self.device, non_blocking=True) for t in batch] for batch in batches]
         return [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
 
     def errors(self, net, iteration, autocast, stop):
@@ -122,30 +109,27 @@ class ImageNet:
         self.clock.restart()
         return dict(zip(self.columns, found, strict=True))
 
-    def close(self):
-        self.stream.close()
-
 
 def load(images, view, stack, batches, args, device):
     return data.load_views(images, view, stack, batches, args.workers, device, checkpoint.ignore_signals)
 
 
 class Waiting:
-    """The share of the time since the last evaluation in which the device had nothing to do but wait for images: use it
-    as a context around each waiting. Warns, once, when it passes 30 %."""
+    """A context around each wait for images. Warns, once, when the device has had nothing to do but wait for more than
+    30 % of the time since the last evaluation. The first wait, in which workers start, does not count."""
 
     def __init__(self, args, device):
         self.args, self.warned, self.cuda = args, dist.get_rank() > 0, device.type == "cuda"
         self.restart()
 
     def restart(self):
-        self.waits, self.pending = 0, []
+        self.waits, self.waited, self.pending = 0, 0.0, []
 
     def __enter__(self):
         self.start = time.monotonic()
-        self.done = self.mark() if self.cuda else None  # when the GPU will have done what it has been given
-        if self.waits == 1:  # workers start before the first step of a sitting or an epoch, and so does not the clock
-            self.began, self.waited = self.start, 0.0
+        if self.waits == 1:
+            self.began = self.start
+        self.done = self.mark()
 
     def __exit__(self, *error):
         waited = time.monotonic() - self.start
@@ -159,22 +143,22 @@ class Waiting:
         while self.pending and self.pending[0][1].query():  # read when the GPU has passed them, which is not waited for
             done, ready, waited = self.pending.pop(0)
             self.waited += min(waited, done.elapsed_time(ready) / 1000)  # while it still computed it did not wait
-        if self.waits > 100 and self.share() > 0.3 and not self.warned:
+        elapsed = time.monotonic() - self.began
+        if self.waits > 100 and self.waited > 0.3 * elapsed and not self.warned:
             self.warned = True
-            images, elapsed = (self.waits - 1) * self.args.batch_size, time.monotonic() - self.began
-            say(
-                f"input-bound: {self.share():.0%} of the time is spent waiting for data. The loader delivers "
+            images = (self.waits - 1) * self.args.batch_size
+            cifar_train.say(
+                f"input-bound: {self.waited / elapsed:.0%} of the time is spent waiting for data. The loader delivers "
                 f"{images / elapsed:,.0f} images/s, the net takes {images / (elapsed - self.waited):,.0f} "
                 f"(--workers is {self.args.workers})"
             )
 
     def mark(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        """When the GPU will have done all that it has been given so far."""
+        event = torch.cuda.Event(enable_timing=True) if self.cuda else None
+        if event:
+            event.record()
         return event
-
-    def share(self):
-        return self.waited / max(time.monotonic() - self.began, 1e-9)
 
 
 @torch.inference_mode()
@@ -197,7 +181,7 @@ def recompute_bn(net, images, n, args, device):
     view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
     stream = data.image_batches(args.seed, len(images), args.micro_batch, args.micro_batch, range(1), args.iterations)
     stream = (batch for i, batch in zip(range(total), stream, strict=False) if i % world == rank)
-    autocast = reduced(args.precision, device)
+    autocast = cifar_train.reduced(args.precision, device)
     net.train()
     with checkpoint.all_or_none():
         for pixels, draws, _ in load(images, view, data.train_batch, stream, args, device):
@@ -263,7 +247,8 @@ def parse_flags():
     args = parser.parse_args()
     try:
         if args.evaluate:
-            refuse_all_but(parser, args, "evaluate test recompute_bn data device workers batch_size out timeout")
+            own = "--evaluate --test --recompute-bn --data --device --workers --batch-size --out --timeout"
+            cifar_train.refuse_all_but(own)
         resolve(args)
     except ValueError as error:
         checkpoint.fail(error)
@@ -272,7 +257,7 @@ def parse_flags():
 
 def resolve(args):
     """Fill in what the flags leave open. Raises ValueError on a contradiction."""
-    resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+    cifar_train.resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -288,7 +273,7 @@ def resolve(args):
         if args.out and pathlib.Path(args.out, "config.json").exists():
             raise ValueError(f"--out {args.out} is the folder of a training run: choose another for the evaluation")
         args.batch_size = 32 if args.batch_size is None else args.batch_size
-        at_least(args, batch_size=1, workers=0, recompute_bn=0)
+        cifar_train.at_least(args, batch_size=1, workers=0, recompute_bn=0)
         return
     if args.recompute_bn:
         raise ValueError("--recompute-bn goes with --evaluate")
@@ -298,8 +283,10 @@ def resolve(args):
     args.batch_size = 256 if args.batch_size is None else args.batch_size
     args.micro_batch = max(args.batch_size // 8, 1) if args.micro_batch is None else args.micro_batch
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    check_recipe(args)
-    at_least(args, epochs=1, crop=32, images=1, workers=0)
+    cifar_train.check_recipe(args)
+    cifar_train.at_least(args, epochs=1, crop=32, images=1, workers=0)
+    if args.crop == 32 and args.micro_batch == 1:
+        raise ValueError("--crop 32 ends in maps of one pixel: BN needs a --micro-batch of at least 2 images there")
 
 
 def papers_figures(args, protocol):
@@ -325,7 +312,7 @@ def test(nets, images, protocols, args, device, stop, folder, more, write):
         write(pathlib.Path(folder, f"{protocol}.json"), found[protocol])
         if dist.get_rank() == 0:
             paper = papers_figures(args, protocol) if len(nets) == 1 else ""
-            say(f"{folder}: {protocol} top-1 error {top1:.2f} %, top-5 {top5:.2f} %{paper}")
+            cifar_train.say(f"{folder}: {protocol} top-1 error {top1:.2f} %, top-5 {top5:.2f} %{paper}")
     return found
 
 
@@ -367,7 +354,7 @@ def evaluate_runs(flags, device, stop):
         out.mkdir(parents=True, exist_ok=True)
         made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
         made |= {"recompute_bn": flags.recompute_bn}
-        before = flags.out and checkpoint.result(out) or made
+        before = (checkpoint.result(out) if flags.out else None) or made
         if any(before.get(name) != value for name, value in made.items()):
             raise ValueError(f"--out {out} holds the evaluation of {', '.join(before.get('runs', []))}: choose another")
 
@@ -383,8 +370,8 @@ def evaluate_runs(flags, device, stop):
     args.micro_batch = flags.batch_size
     found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made, write)
     if flags.out:
-        done = before | {"dataset": args.dataset, "precision": args.precision, "diverged": False, **made, **found}
-        done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
+        done = before | {"dataset": args.dataset, "precision": args.precision, "diverged": False, **found}
+        done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": cifar_train.peak_memory(device)}
         write(out / "result.json", done)
     return 0
 
@@ -414,13 +401,13 @@ def train_run(args, device, stop):
         state = checkpoint.load(args.out, flags)
         if state:
             check_classes(args.out, state["classes"], sets[1])
-        done = checkpoint.result(args.out)
+        done = checkpoint.result(args.out, ImageNet.columns)
         protocols = [name for name in args.test if not final(args.out, name, args.iterations)]
         if done and done["diverged"]:
             protocols = []
         elif done and protocols and (state is None or state["iteration"] != args.iterations):
             raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to evaluate")
-    checkpoint.agree(args.out, done, protocols, state and state["iteration"])
+    checkpoint.agree(args.out, done is None, protocols, state and state["iteration"])
 
     def write(path, content):
         if run:
@@ -428,25 +415,21 @@ def train_run(args, device, stop):
 
     result = done
     if not done:
-        with contextlib.closing(ImageNet(args, sets, device, state["iteration"] if state else 0)) as images:
-            result = train(args, net, images, state, run, stop, device)
+        source = ImageNet(args, sets, device, state["iteration"] if state else 0)
+        with contextlib.closing(source.stream):
+            result = cifar_train.train(args, net, source, state, run, stop, device)
     elif protocols:
         net.load_state_dict(state["model"])
     if protocols and not result["diverged"]:
         made = {"runs": [args.out], "iterations": [args.iterations], "recompute_bn": 0}
         test([net], sets[1], protocols, args, device, stop, args.out, made, write)
-
-    def errors():
-        return f"top-1 error {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %" + papers_figures(
-            args, "1-crop"
-        )
-
-    return finish(run, result, done, errors)
+    paper = "" if result["diverged"] else papers_figures(args, "1-crop")
+    return cifar_train.finish(run, result, done, ImageNet.columns, paper)
 
 
 def main():
     args = parse_flags()
-    return start(evaluate_runs if args.evaluate else train_run, args)
+    return cifar_train.start(evaluate_runs if args.evaluate else train_run, args)
 
 
 if __name__ == "__main__":

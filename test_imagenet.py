@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
+import cifar_train
 import data
 import imagenet_train
 import models
@@ -495,7 +496,7 @@ def twenty_steps(path):
     run = type("Folder", (), {"log": lambda self, rows: None, "save": lambda self, state: None})()
     device = torch.device("cpu")
     images = imagenet_train.ImageNet(args, sets, device, 0)
-    result = imagenet_train.train(args, net, images, None, run, checkpoint.Stop(), device)
+    result = cifar_train.train(args, net, images, None, run, checkpoint.Stop(), device)
     torch.save({"net": net.state_dict(), "result": [result[k] for k in ("train_loss", "val_top1", "val_top5")]}, path)
 
 
@@ -550,8 +551,8 @@ def test_a_run_and_its_folder(start, monkeypatch):  # noqa: F811
     assert (found["top1"], found["top5"]) == (result["val_top1"], result["val_top5"])
     status, again = start("--evaluate", "run", "--out", "run", "--device", "cpu")
     assert status == 2 and "--out run is the folder of a training run" in again
-    status, again = start("--evaluate", "run", "--crop", 64, "--precision", "bf16")
-    assert status == 2 and "--evaluate takes --crop, --precision from the run's own config.json" in again
+    status, again = start("--evaluate", "run", "--crop=64", "--precision", "float32")
+    assert status == 2 and "--evaluate goes without --crop, --precision" in again
     found["iterations"] = [3]  # as if evaluated in the middle of training
     pathlib.Path("run/1-crop.json").write_text(json.dumps(found | {"top1": 0.0}))
     assert start(*TINY, "--out", "run", "--test", "1-crop")[0] == 0
@@ -590,7 +591,7 @@ def test_waiting_for_data_is_said_with_both_rates(flags, world_of_one, monkeypat
             with waiting:
                 clock[0] += wait if first else 1000  # until the workers have started
             clock[0] += 1 - wait
-        assert waiting.share() == pytest.approx(wait)
+        assert waiting.waited / (clock[0] - waiting.began) == pytest.approx(wait)
         printed = capsys.readouterr().out
         assert printed.count("input-bound") == warned
     assert re.search(r"delivers 2\d\d images/s, the net takes 5\d\d \(--workers is 3\)", printed)

@@ -261,11 +261,15 @@ def test_a_signal_that_also_stops_what_is_waited_for(start, monkeypatch):
 
     def broken(args, net, images, state, run, stop, device):
         stop.asked = signal.SIGINT
-        raise RuntimeError("the compiler was interrupted")
+        raise error
 
     monkeypatch.setattr(cifar_train, "train", broken)
+    error = torch._dynamo.exc.BackendCompilerFailed(print, KeyboardInterrupt(), None)
     status, printed = start(*TINY.split(), "--out", "run")
-    assert status == 130 and "Traceback" not in printed
+    assert status == 130 and "SIGINT: ended at once" in printed
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):  # which is one
+        start(*TINY.split(), "--out", "run")
 
 
 def test_a_forked_child_does_not_listen(start):

@@ -691,8 +691,8 @@ def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
 def test_evaluating_an_unnamed_run_is_not_training(start):
     status, printed = start("--evaluate", "")
     assert status == 2 and "config.json" in printed and not os.path.exists("runs")
-    status, printed = start("--evaluate", "run", "--depth", 32, "--val-split", 8)
-    assert status == 2 and "--depth, --val-split" in printed and "run's own config.json" in printed
+    status, printed = start("--evaluate", "run", "--depth=20", "--val-split", 8)
+    assert status == 2 and "--evaluate goes without --depth, --val-split" in printed
 
 
 def test_without_git(start, monkeypatch):

@@ -423,11 +423,12 @@ def start(monkeypatch, capsys, tmp_path):
             status = cifar_train.main()
         except SystemExit as error:
             status = error.code
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.set_wakeup_fd(-1)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            signal.set_wakeup_fd(-1)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         read = capsys.readouterr()
         return status, read.out + read.err
 

@@ -69,10 +69,9 @@ def imagenet_resnet(depth, unit, num_classes=1000, **unit_args):
     and 512 channels wide (a bottleneck's outputs: 4 times). Option B by default. Raises ValueError for other depths."""
     counts = UNITS_PER_STAGE.get(depth, ())
     if 2 + unit.weights * sum(counts) != depth:
-        fit = [str(d) for d, counts in UNITS_PER_STAGE.items() if 2 + unit.weights * sum(counts) == d]
-        raise ValueError(
-            f"depth {depth} is impossible with {unit.weights} weight layers a unit: possible are {', '.join(fit)}"
-        )
+        fit = {w: [str(d) for d, n in UNITS_PER_STAGE.items() if 2 + w * sum(n) == d] for w in (2, 3)}
+        fit = "; ".join(f"{', '.join(depths)} with {w}" for w, depths in fit.items())
+        raise ValueError(f"depth {depth} is impossible with {unit.weights} weight layers a unit: possible are {fit}")
     if "option" in arguments(unit):
         unit_args = {"option": "B"} | unit_args
     stem = conv(7, 3, 64, stride=2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)

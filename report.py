@@ -405,7 +405,7 @@ def draw_run(folder):
     run = {"log": read_log(folder)}
     figure, axes = plt.subplots(figsize=(6, 4))
     right = axes.twinx()
-    plot(axes, points(run, "train_loss"), color="C0", linestyle="--", marker=".")
+    plot(axes, points(run, "train_loss"), color="C7", linestyle="--", marker=".")
     for quantity, color in (("test_error", "C0"), ("val_error", "C1"), ("val_top1", "C0"), ("val_top5", "C2")):
         if curve := points(run, quantity):
             plot(right, curve, color=color, marker=".", label=quantity.replace("_", " "))

@@ -706,6 +706,7 @@ BAD = [
     ("--recompute-bn 64", "--recompute-bn goes with --evaluate", ""),
     ("--micro-batch 48", "--micro-batch 48 does not divide --batch-size 256", ""),
     ("--crop 16", "--crop must be at least 32", ""),
+    ("--crop 32 --batch-size 8", "--crop 32 ends in maps of one pixel", "--micro-batch"),
     ("--workers -1", "--workers must be at least 0", ""),
     ("--epochs 0", "--epochs must be at least 1", ""),
     ("--augment random", "--augment", "scale-aspect"),

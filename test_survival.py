@@ -272,6 +272,20 @@ def test_a_signal_that_also_stops_what_is_waited_for(start, monkeypatch):
         start(*TINY.split(), "--out", "run")
 
 
+def test_a_closed_error_stream_ends_nothing(start, monkeypatch):
+    """The run is stopped and saved as if somebody read what it says."""
+    reading, writing = os.pipe()
+    os.close(reading)  # | head has gone
+    closed = open(writing, "w", buffering=1)
+    monkeypatch.setattr(checkpoint.Stop, "check", lambda self, due=None: (_ for _ in ()).throw(checkpoint.Stopped(15)))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", closed)
+        assert start(*TINY.split(), "--out", "run")[0] == 143
+    assert checkpoint.load("run")["iteration"] == 0
+    with contextlib.suppress(BrokenPipeError):
+        closed.close()
+
+
 def test_a_forked_child_does_not_listen(start):
     """A loader's worker: what asks the run to stop must not end it, nor pass for a signal to its parent."""
     assert start(*TINY.split(), "--out", "run")[0] == 0

@@ -598,6 +598,8 @@ BAD = [
     ("--iterations 0", "--iterations must be at least 1", ""),
     ("--iterations many", "--iterations", "invalid int"),
     ("--lr -1", "--lr", ""),
+    ("--lr 1e308", "--lr must be a positive float32", ""),
+    ("--seed 9223372036854775808", "--seed must be below", ""),
     ("--seed -1", "--seed must be at least 0", ""),
     ("--checkpoint-seconds -1", "--checkpoint-seconds must be at least 0", ""),
     ("--timeout 0", "--timeout must be 1 ... 86400 seconds", ""),
@@ -677,6 +679,9 @@ def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
     status, printed = start("--evaluate", "run")
     assert status == 2 and "run does not fit this code" in printed
     (run / "config.json").write_text(config)
+    (run / "result.json").write_text('{"diverged": false}')
+    status, printed = start(*words)
+    assert status == 2 and "result.json cannot be read: it lacks test_error" in printed
     (run / "result.json").unlink()
     (run / "checkpoint.pt").write_bytes(b"x")
     status, printed = start(*words)

@@ -38,7 +38,19 @@ from torchvision import transforms
 import checkpoint
 import cifar_train
 import data
-from models import cifar_resnet, compile_units, flatten, imagenet_resnet
+from models import cifar_resnet, imagenet_resnet
+from training import (
+    PRECISIONS,
+    Precision,
+    at_least,
+    classification,
+    compile_units,
+    flatten,
+    graphed,
+    peak_memory,
+    sgd,
+)
+from training import step as training_step
 from units import UNITS
 
 LR = 1e-4
@@ -126,11 +138,11 @@ def build(args):
 def training(net, images, labels, args):
     """Our step of one micro-batch as a function without arguments, the running statistics, and the optimizer."""
     shared, running = flatten(net.to(args.device, memory_format=torch.channels_last))
-    optimizer, autocast = cifar_train.sgd(net, LR), cifar_train.reduced(args.precision, args.device)
+    optimizer, precision = sgd(net, LR), Precision(args.precision, args.device)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     batches = [(images.contiguous(memory_format=torch.channels_last), labels)]
-    words = net, batches, shared, running, optimizer, scaler, autocast
-    return functools.partial(cifar_train.step, *words), running, optimizer
+    words = net, classification, batches, shared, running, optimizer, scaler, precision
+    return functools.partial(training_step, *words), running, optimizer
 
 
 def peers_step(args):
@@ -143,11 +155,11 @@ def peers_step(args):
             net = eval(expression, names)
             net = net if isinstance(net, torch.nn.Module) else net()
     net.to(args.device).train()
-    autocast, foreach = cifar_train.reduced(args.precision, args.device), None if args.peer else False
+    precision, foreach = Precision(args.precision, args.device), None if args.peer else False
     sgd = torch.optim.SGD(net.parameters(), LR, 0.9, weight_decay=1e-4, foreach=foreach)
 
     def work():
-        with autocast:
+        with precision:
             loss = cross_entropy(net(images), labels)
         sgd.zero_grad()
         loss.backward()
@@ -159,12 +171,12 @@ def peers_step(args):
 def plain_evaluation(args):
     """An evaluation in NCHW that keeps what a gradient would need, as a function, and the images' number."""
     net, images, labels, mean, std = to_evaluate(args)
-    autocast = cifar_train.reduced(args.precision, args.device)
+    precision = Precision(args.precision, args.device)
 
     def work():
         wrong = 0
         for part, truth in zip(images.split(250), labels.split(250), strict=True):
-            with autocast:
+            with precision:
                 logits = net((part.float() - mean) / std)
             wrong += (logits.argmax(dim=1) != truth).sum().item()
 
@@ -205,7 +217,7 @@ def step(args):
 
     ours, running, optimizer = training(net, images, labels, args)
     ours()
-    notes |= {"peak memory, bytes": cifar_train.peak_memory(args.device)} | floor(ours, args)
+    notes |= {"peak memory, bytes": peak_memory(args.device)} | floor(ours, args)
     works = {"ours": ours}
     if args.compile:
         compile_units(net)
@@ -219,8 +231,8 @@ def step(args):
         nothing, works = torch.zeros(1, device=args.device), {}
         for name, deterministic in (("ours, as one CUDA graph", True), ("without cudnn.deterministic", False)):
             torch.backends.cudnn.deterministic = deterministic
-            graphed = cifar_train.graphed(lambda _: ours(), nothing, state, args)
-            works[name] = functools.partial(graphed, nothing)
+            replay = graphed(lambda _: ours(), [nothing], state)
+            works[name] = functools.partial(replay, [nothing])
         torch.backends.cudnn.deterministic = True
         works["ours, launch by launch"] = ours
 
@@ -240,10 +252,10 @@ def evaluate(args):
     """Evaluation of a thousand CIFAR images, ours beside the same net in NCHW that keeps what a gradient would need."""
     net, images, labels, mean, std = to_evaluate(args)
     net, images = (t.to(memory_format=torch.channels_last) for t in (net, images))
-    autocast, stop = cifar_train.reduced(args.precision, args.device), argparse.Namespace(check=lambda: None)
+    precision = Precision(args.precision, args.device)
 
     def ours():
-        cifar_train.evaluate(net, images, labels, mean, std, autocast, stop)
+        cifar_train.evaluate(net, images, labels, mean, std, precision)
 
     other, number = apart(plain_evaluation, args)
     return compare({"ours": ours, "NCHW, with gradients": other}, args), {"images": number}
@@ -345,7 +357,7 @@ def parse_flags():
         if name in ("step", "evaluate"):
             add("--depth", type=int, default=20, help="(default 20)")
             add("--unit", choices=UNITS, metavar="NAME", help="(default basic, or bottleneck as in the papers)")
-            add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
+            add("--precision", choices=PRECISIONS, default="float32", help="(default float32)")
         if name == "step":
             add("--dataset", choices=("cifar10", "imagenet"), default="cifar10", help="(default cifar10)")
             add("--batch-size", type=int, default=128, metavar="N", help="images in the one micro-batch (default 128)")
@@ -371,7 +383,7 @@ def main():
     args, before = parse_flags(), os.getloadavg()[0]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        cifar_train.at_least(args, batch_size=1, threads=1, pairs=1)
+        at_least(args, batch_size=1, threads=1, pairs=1)
         torch.set_num_threads(args.threads)
         args.device = checkpoint.start_processes(args.device)
         args.clock = args.clock or ("cuda" if args.device.type == "cuda" else "cpu")
@@ -405,6 +417,8 @@ def shown(value):
 
 
 if __name__ == "__main__":
-    status = main()
-    torch.distributed.destroy_process_group()
+    try:
+        status = main()
+    finally:
+        checkpoint.end_processes()
     sys.exit(status)

@@ -1,10 +1,12 @@
-"""What a run needs besides the paper: its processes, its folder (flags, log, state and result, each on disk whole or
-not at all) and a way to be asked to stop. Knows nothing of the data sets."""
+"""What a run needs besides the paper: its processes, a way to be asked to stop, and its folder, whose files (flags,
+log, state, result) are on disk whole or not at all. Knows nothing of data sets."""
 
+import argparse
 import contextlib
 import csv
 import ctypes
 import datetime
+import errno
 import fcntl
 import io
 import json
@@ -14,7 +16,6 @@ import os
 import pathlib
 import pickle
 import platform
-import select
 import shlex
 import signal
 import subprocess
@@ -29,18 +30,20 @@ import torch.distributed as dist
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
-SCHEMA = 1  # of a checkpoint's content; one of another schema is not read
-
-# Flags that may change between the sittings of one run; every other one is part of what the run is.
-FREE = {"data", "out", "workers", "device", "compile", "checkpoint_seconds", "timeout"}
+SCHEMA = 1  # of a checkpoint's content; a checkpoint of another schema is refused
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE = 18  # seconds between a signal and the end, at most: torchrun kills after 30
+GRACE = 18  # seconds from the first signal to the end, at most: torchrun kills after 30
+
+# What some network file systems answer when they are asked to lock a file, or to write a folder to the disk at once.
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+
+control = None  # the gloo group of every message between processes but the step's; None: the group of everything
 
 
 def keep_memory():
-    """Let glibc keep what a step frees for the next step. By default it hands every large tensor back to the system and
-    gets it again page by page, each a page fault: an eighth of a CPU's time at ResNet-20, for a tenth less memory."""
+    """Let glibc keep the memory that a step frees for the next step. By default it returns every large tensor to the
+    system and gets it back page by page: an eighth of a CPU's time at ResNet-20, for a tenth less memory."""
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: nothing outside the heap
@@ -48,84 +51,99 @@ def keep_memory():
 
 
 def start_processes(device, timeout=600):
-    """Join the processes that torchrun started, or be a world of one; and keep freed memory. Returns this process's
-    torch.device.
+    """Join the processes that torchrun started, or be the only one. Returns this process's torch.device.
 
-    timeout: seconds that a process waits for another one, here and in every collective.
-    Raises ValueError when torchrun's variables are incomplete, the device is not there or the others do not come.
+    timeout: seconds that a process waits for another, here and in every collective.
+    Raises ValueError when torchrun's variables are incomplete, there is no such device or the others do not come.
     """
+    global control
     keep_memory()
     if not 1 <= timeout <= 86_400:
         raise ValueError(f"--timeout must be 1 ... 86400 seconds, not {timeout}")
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    launched = any(name in os.environ for name in needed[:3])
-    missing = [name for name in needed if launched and name not in os.environ]
+    launched = any(os.environ.get(name) for name in needed[:3])
+    missing = [name for name in needed if launched and not os.environ.get(name)]
     if missing:
         raise ValueError(f"torchrun's environment is incomplete: {', '.join(missing)} not set (or start with python)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine needs a GPU of its own, and torch sees {gpus}")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    # NCCL, which ends a process without naming another, waits a minute longer than the gloo group of Stop.check.
-    limit = datetime.timedelta(seconds=timeout + 60 * (device != "cpu"))
+    limit = datetime.timedelta(seconds=timeout)
+    # NCCL, which ends a process without a word, waits a minute longer than gloo, which says what happened.
+    nccl = datetime.timedelta(seconds=timeout + 60 * (device != "cpu"))
     try:
         store, rank, world = dist.HashStore(), 0, 1
         if launched:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
             # A restart by torchrun must not meet the addresses that the attempt before left in torchrun's store.
             store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=nccl)
+        control = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
         raise ValueError(f"the processes did not find each other: {error}") from None
     return torch.device(device)
 
 
-def tell(line):
+def end_processes():
+    """Leave the group of processes, and end the loaders' workers, which ignore the signal that multiprocessing would
+    send them at the end, and wait for."""
+    global control
+    for child in multiprocessing.active_children():
+        child.kill()
+    control = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print_error(line):
     """Print to the error stream. That it is closed or full changes nothing."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, flush=True)
 
 
-def fail(problem):
-    """End with a message and exit status 2: bad input."""
+def fail(problem, status=2):
+    """End with a message and an exit status: 2 for bad input."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tell(f"{pathlib.Path(sys.argv[0]).name}: {problem}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(2)
+        print_error(f"{pathlib.Path(sys.argv[0]).name}: {problem}")
+    sys.exit(status)
+
+
+class InUse(ValueError):
+    """Another program is writing the folder. Ends with exit status 3."""
 
 
 @contextlib.contextmanager
 def all_or_none(source=None):
-    """For set-up that may fail on one process: they all exit with status 2 then, saying why. With a source, the name
-    of a file or folder that something is built from, an error of any kind means that its content does not fit."""
-    problem = None
+    """For work that may fail on one process alone: all of them exit with status 2 then, and say why. With a source, the
+    name of a file or folder that something is built from, any error means that its content does not fit."""
+    problem, status = None, 2
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        problem = str(error)
+        problem, status = str(error) or type(error).__name__, 3 if isinstance(error, InUse) else 2
     except Exception as error:
         if source is None:
             raise
         problem = f"{source} does not fit this code: {type(error).__name__}: {error}"
     some = torch.tensor(int(problem is not None))
-    dist.all_reduce(some, dist.ReduceOp.MAX)
+    dist.all_reduce(some, dist.ReduceOp.MAX, group=control)
     if some:
         problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        fail(next(filter(None, problems)))
+        dist.all_gather_object(problems, (problem, status), group=control)
+        fail(*next(pair for pair in problems if pair[0] is not None))
 
 
 def agree(folder, *facts):
-    """Processes, perhaps of several machines, that have read different things of a run's folder end with status 2."""
+    """End with status 2 when processes, perhaps of several machines, have read different facts from a run's folder."""
     read = [None] * dist.get_world_size()
-    dist.all_gather_object(read, facts)
-    if any(there != facts for there in read):
+    dist.all_gather_object(read, facts, group=control)
+    if any(other != facts for other in read):
         fail(f"the processes see different states of {folder}: is it one folder on all machines?")
 
 
@@ -138,50 +156,49 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Listens to SIGTERM, SIGINT and SIGUSR1. While training, the first one is heeded at the next `check`. Before that,
-    a second later or more, and when no check comes within GRACE seconds, the process ends at once, without saving."""
+    """Listens to SIGTERM, SIGINT and SIGUSR1. During a training the first signal is heeded at the next `check`. Before
+    one, on a signal a second or more after the first, and when no check comes within GRACE seconds, the process ends at
+    once and saves nothing."""
 
-    def __init__(self, timeout=600):
-        self.timeout, self.group = timeout, None
+    def __init__(self):
         self.asked, self.when, self.training = 0, math.inf, False
         self.calls, self.until, self.agreed = 0, 1, time.monotonic()
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def listen(self):
+        """Begin to listen. Python's own handlers wait until the main thread returns from C, where it may be waiting for
+        a process that hangs, so a thread reads the numbers of the signals from a pipe."""
+        self.__init__()  # nothing has been asked yet
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         os.register_at_fork(after_in_child=ignore_signals)
-        threading.Thread(target=self.listen, args=[heard], daemon=True).start()
+        threading.Thread(target=self.read, args=[reading], daemon=True).start()
 
-    def listen(self, heard):
-        """In a thread: the main one hears nothing within a slow step, or while it waits for a process that hangs."""
-        number, left = 0, None
-        while select.select([heard], [], [], left)[0]:
-            number = os.read(heard, 1)[0]
-            if number in SIGNALS:  # else a worker of a loader has ended
-                if not self.training or time.monotonic() > self.when + 1:
-                    break
-                # Sooner it is the same Ctrl-C, which torchrun and run_all.sh pass on to processes that have had it.
-                if not self.asked:
-                    self.when, self.asked = time.monotonic(), number
-            left = max(0, self.when + GRACE - time.monotonic()) if self.asked else None
-        number = self.asked or number
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
-        for child in multiprocessing.active_children():  # a loader's workers, which would only see it seconds later
-            child.kill()
-        os._exit(128 + number)
+    def read(self, pipe):
+        while True:
+            number = os.read(pipe, 1)[0]
+            if number not in SIGNALS:  # the end of a loader's worker
+                continue
+            if not self.training or time.monotonic() > self.when + 1:
+                end_at_once(self.asked or number)
+            # A sooner one is the same Ctrl-C: torchrun and run_all.sh pass it on to processes that have had it.
+            if not self.asked:
+                self.when, self.asked = time.monotonic(), number
+                timer = threading.Timer(GRACE, end_at_once, [number])
+                timer.daemon = True
+                timer.start()
 
     def check(self, due=None):
         """Raises Stopped, on every process at the same call, once any process was asked. Otherwise returns whether
         `due` is true on any of them; with a `due`, once an iteration, they agree only about every tenth of a second."""
         self.training = True
-        self.group = self.group or dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
         self.calls += due is not None
         if due is not None and self.calls < self.until:
             return False
         agreed = torch.tensor([self.asked, bool(due), time.monotonic() - self.agreed], dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=control)
         number, anywhere, seconds = agreed.tolist()
         if number:
             raise Stopped(int(number))
@@ -191,110 +208,133 @@ class Stop:
         return bool(anywhere)
 
 
+stop = Stop()  # of this process, as its signals are
+
+
+def end_at_once(number):
+    """End the process, whatever its main thread is doing, as a signal asked."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
+    for child in multiprocessing.active_children():  # a loader's workers, which would notice it seconds later
+        child.kill()
+    os._exit(128 + number)
+
+
 def ignore_signals(*_):
-    """For a loader's workers, at their fork and as worker_init_fn: who asks a run to stop may ask all its processes,
-    and they must serve it to the end. They end with it, or when they see it gone."""
+    """For a loader's workers, at their fork and as worker_init_fn: whoever asks a run to stop may ask all its
+    processes, and the workers must serve it to the end. They end when it ends them or is gone."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def lost(error, asked=0):
-    """End with status 1 after an error that came of a process that died or hangs, naming it, and as `asked` by a signal
-    after one of a compiler, which the signal stopped too; raise any other error."""
-    if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-        if asked and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            tell(f"{signal.Signals(asked).name}: ended at once; what was saved before stays")
-            sys.exit(128 + asked)
-        raise error
-    hangs, rank, answered = "Timed out" in str(error), dist.get_rank(), set()
-    store, everyone = dist.group.WORLD.get_group_store(), range(dist.get_world_size())
-
-    def call():  # the roll: who gets here has lost somebody, and who does not is lost
-        with contextlib.suppress(RuntimeError):
-            store.set(f"lost somebody: {rank}", "")
-            while True:
-                answered.update(other for other in everyone if store.check([f"lost somebody: {other}"]))
-                time.sleep(0.1)
-
-    caller = threading.Thread(target=call, daemon=True)  # it may hang with the store
-    caller.start()
-    caller.join(10 if hangs else 1)
-    # Who does not even hear itself has lost the store, which without torchrun process 0 keeps.
-    missing = " or ".join(str(other) for other in everyone if other not in answered) if rank in answered else 0
-    how = "does not answer" if hangs else "died"
-    tell(f"process {rank} lost process {missing}, which {how} ({error})")
-    os._exit(1)
+def is_lost(error):
+    """Whether an error says that another process died or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Run:
     """The folder of a run: config.json, log.csv, checkpoint.pt, checkpoint.previous.pt and, once it has finished,
-    result.json.
+    result.json. Process 0 writes it, after `begin`; on the others what would write does nothing.
 
-    Made by the process that writes; the others read the checkpoint with `load`. Raises ValueError when the folder holds
-    a different run or another program is writing it, OSError when it cannot be written.
+    identity: {flag: value}, all that makes it this run and no other. columns: names that its result must have.
+    Raises ValueError when the folder holds another run, or files that cannot be read.
     """
 
-    def __init__(self, folder, config):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder, identity, columns=()):
+        self.folder, self.identity, self.mine = pathlib.Path(folder), identity, dist.get_rank() == 0
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file, and a run needs a folder: choose another --out")
+        self.whole, self.unsaved, self.status = False, set(), 0
+        self.refuse_another()
+        self.result = read_result(folder, columns)
+
+    def refuse_another(self):
+        """Raises ValueError when the folder holds another run. One that has only its flags is begun anew."""
+        files = [name for name in ("result.json", "log.csv", *CHECKPOINTS) if (self.folder / name).exists()]
+        config = self.folder / "config.json"
+        if files and not config.exists():
+            raise ValueError(f"{self.folder} holds {files[0]} but no config.json, which would say what run it is")
+        if files:
+            refuse_difference(self.folder, read_json(config), self.identity)
+        return bool(files)
+
+    def begin(self, settings, about):
+        """Lock the folder, and write config.json where the run is new: its identity, its settings (which may change
+        from sitting to sitting), what `about` says of its net, and the environment.
+
+        Raises ValueError as above, InUse when another program is writing the folder, OSError when nobody can.
+        """
+        if not self.mine:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # held as long as this object lives
         lock = weakref.ref(self.lock)
-        os.register_at_fork(after_in_child=lambda: lock() and lock().close())  # not by loader workers that outlive it
+        os.register_at_fork(after_in_child=lambda: lock() and lock().close())  # not by workers that may outlive it
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another program is writing {folder}: wait for it, or choose another --out") from None
-        self.flags = {name: value for name, value in config.items() if name not in FREE}
-        self.whole, self.unsaved, self.status = False, set(), 0
-        path = self.folder / "config.json"
-        held = [name for name in ("result.json", *CHECKPOINTS) if (self.folder / name).exists()]
-        if held and not path.exists():
-            raise ValueError(f"{folder} holds {held[0]} but no config.json, so of what run is unknown")
-        if path.exists():
-            refuse_another(folder, read_json(path), config)
-        else:
-            write(path, as_json(config | {"environment": environment(config)}))
+            message = f"another program is writing {self.folder}: wait for it, or choose another --out"
+            raise InUse(message) from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            print_error(f"{self.folder} cannot be locked ({error.strerror}): let no other program write this run")
+        if not self.refuse_another():
+            plain = {name: v.flatten().tolist() if torch.is_tensor(v) else v for name, v in about.items()}
+            if len(plain.get("mean", ())) > 3:
+                del plain["mean"]  # of each pixel: in the checkpoint alone
+            config = self.identity | settings | {"about": plain}
+            write(self.folder / "config.json", as_json(config | {"environment": environment(config)}))
         for name in ("log.csv", "result.json", *CHECKPOINTS):  # left by a program that was killed while it wrote
             temporary(self.folder / name).unlink(missing_ok=True)
 
+    def load(self):
+        """Its newest state, or None; see `load`."""
+        return load(self.folder, self.identity)
+
     def save(self, state):
-        """Write the state to checkpoint.pt and keep the one before, if it is whole, as checkpoint.previous.pt. Returns
-        whether that could be done."""
+        """Write the state to checkpoint.pt, and keep the one before, if it is whole, as checkpoint.previous.pt. Returns
+        whether that was possible."""
+        if not self.mine:
+            return True
         newest, previous = (self.folder / name for name in CHECKPOINTS)
         buffer = io.BytesIO()
-        torch.save({"schema": SCHEMA, "flags": self.flags} | state, buffer)
+        torch.save({"schema": SCHEMA, "flags": self.identity} | state, buffer)
         if not self.whole:
             with contextlib.suppress(ValueError):
                 self.whole = bool(read(newest))
-        done = self.write(newest, buffer.getbuffer(), previous if self.whole else None)
-        self.whole = self.whole or done
-        return done
+        saved = self.write(newest, buffer.getbuffer(), previous if self.whole else None)
+        self.whole = self.whole or saved
+        return saved
 
     def log(self, rows):
-        """Write log.csv anew: `rows` are dicts with the same keys."""
+        """Write log.csv anew. Rows are dicts; older ones may lack a column."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        columns = dict.fromkeys(name for row in reversed(rows) for name in row)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         self.write(self.folder / "log.csv", text.getvalue().encode())
 
     def finish(self, result):
-        """Write result.json, the mark of a finished run, when all else is on disk. Returns the exit status: 1 when
+        """Write result.json, the mark of a finished run, once all else is on disk. Returns the exit status: 1 when
         anything could not be written in this sitting."""
         if not self.unsaved:
             self.write(self.folder / "result.json", as_json(result))
         if self.unsaved:
-            tell(f"not finished: {', '.join(self.unsaved)} not written; the same command goes on")
+            print_error(f"not finished: {', '.join(self.unsaved)} not written; the same command continues it")
         return self.status
 
     def write(self, path, content, keep=None):
         """Write a file; where that fails, say so, once, and go on with the old one. Returns whether it was written."""
+        if not self.mine:
+            return True
         try:
             write(path, content, keep)
         except OSError as error:
             if path.name not in self.unsaved:
-                tell(f"{path} could not be written ({error}): the run goes on, and the old one stays")
+                print_error(f"{path} could not be written ({error}): the run goes on, and the old one stays")
             self.unsaved.add(path.name)
             self.status = 1
         else:
@@ -303,27 +343,30 @@ class Run:
 
 
 def without_off(value):
-    """A flag's value, or the unit's arguments, without what is off: what is younger than a run was off in it."""
+    """A flag's value, or a unit's arguments, without what is off: a run that is older than a flag had it off."""
     if isinstance(value, dict):
         return {name: v for name, v in value.items() if v is not False}
     return None if value is False else value
 
 
-def refuse_another(place, there, here):
-    """Raise ValueError, naming the flags that differ, when a folder or file holds a different run."""
-    differ = [
-        f"--{name.replace('_', '-')} is {there.get(name)} there and {here.get(name)} here"
-        for name in (there | here).keys() - FREE - {"environment"}
-        if without_off(there.get(name)) != without_off(here.get(name))
-    ]
+def refuse_difference(place, theirs, ours):
+    """Raises ValueError, naming the flags that differ, when a folder or file holds a run of another identity."""
+    differ = {
+        name: f"--{name.replace('_', '-')} is {theirs.get(name)} there and {value} here"
+        for name, value in ours.items()
+        if without_off(theirs.get(name)) != without_off(value)
+    }
     if differ:
-        raise ValueError(f"{place} holds a different run: {'; '.join(sorted(differ))}. Choose another --out")
+        advice = "Choose another --out"
+        if {"iterations", "epochs"} & differ.keys():
+            advice += " (a run cannot be made longer: its learning rate has followed its length from the start)"
+        raise ValueError(f"{place} holds a different run: {'; '.join(sorted(differ.values()))}. {advice}")
 
 
-def load(folder, flags=None):
+def load(folder, identity=None):
     """The state in a run's folder, on the CPU; None when there is no checkpoint. Takes the newest that can be read.
 
-    Raises ValueError when none can, or when it is of another schema or, given flags, of a different run.
+    Raises ValueError when none can, or when it is of another schema or, given an identity, of another run.
     """
     problems = []
     for path in (pathlib.Path(folder, name) for name in CHECKPOINTS):
@@ -334,15 +377,27 @@ def load(folder, flags=None):
                 problems.append(str(error))
                 continue
             if problems:
-                tell(f"{problems[0]}; going on from {path}")
+                print_error(f"{problems[0]}; {path} takes its place")
             if state.get("schema") != SCHEMA:
                 raise ValueError(f"{path} is of schema {state.get('schema')!r}, and this code reads schema {SCHEMA}")
-            if flags is not None:
-                refuse_another(path, state["flags"], flags)
+            if identity is not None:
+                refuse_difference(path, state["flags"], identity)
             return state
     if problems:
         raise ValueError("no checkpoint can be read: " + "; ".join(problems))
     return None
+
+
+def read_run(folder):
+    """(flags, state) of a run: an argparse.Namespace of its config.json, and its newest checkpoint. Raises ValueError
+    when the folder does not hold one."""
+    path = pathlib.Path(folder, "config.json")
+    if not path.exists():
+        raise ValueError(f"there is no run in {folder}: it has no config.json")
+    flags, state = argparse.Namespace(**read_json(path)), load(folder)
+    if state is None:
+        raise ValueError(f"{folder} holds no checkpoint")
+    return flags, state
 
 
 def read(path):
@@ -364,7 +419,7 @@ def read(path):
 
 
 def environment(config):
-    """Where and from which code a run is made."""
+    """Where and from which code a run is made, for config.json."""
 
     def git(*words):
         try:
@@ -397,18 +452,18 @@ def read_json(path):
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: it holds no flags or results")
+        raise ValueError(f"{path} cannot be read: it holds neither flags nor results")
     return content
 
 
-def result(folder, needed=()):
-    """What result.json says; None while a run has not finished. Raises ValueError when it is damaged or lacks a number
-    that is needed."""
+def read_result(folder, columns=()):
+    """The content of result.json; None while a run has not finished. Raises ValueError when it is damaged or lacks
+    one of the columns."""
     path = pathlib.Path(folder, "result.json")
-    found = read_json(path) if path.exists() else None
-    if found is not None and not {"diverged", *needed} <= found.keys():
-        raise ValueError(f"{path} cannot be read: it lacks {', '.join({'diverged', *needed} - found.keys())}")
-    return found
+    result = read_json(path) if path.exists() else None
+    if result is not None and not {"diverged", *columns} <= result.keys():
+        raise ValueError(f"{path} cannot be read: it lacks {', '.join({'diverged', *columns} - result.keys())}")
+    return result
 
 
 def as_json(content):
@@ -417,6 +472,21 @@ def as_json(content):
 
 def temporary(path):
     return path.with_name(path.name + ".tmp")
+
+
+def sync_folder(folder):
+    """Make renames in a folder durable, where its file system can do that and the folder may be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write(path, content, keep=None):
@@ -429,9 +499,7 @@ def write(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary(path), path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # makes the renames durable
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             temporary(path).unlink()  # it may be what fills the disk

@@ -7,7 +7,7 @@
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
         --micro-batch 32
 
-The same command again continues a run that was stopped. The loop and its step are those of cifar_train.py.
+The same command again continues a run that was stopped.
 """
 
 import argparse
@@ -24,147 +24,91 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-import cifar_train
 import data
-from models import compile_units, imagenet_resnet
+from models import imagenet_resnet
+from training import (
+    Precision,
+    Training,
+    add_run_flags,
+    add_unit_flags,
+    at_least,
+    check_recipe,
+    classification,
+    compile_units,
+    finish,
+    own_micro_batches,
+    peak_memory,
+    print_line,
+    refuse_all_but,
+    resolve_unit,
+    start,
+)
 from units import UNITS
 
 DROPS = (1 / 3, 2 / 3)  # the learning rate is divided by 10 at epochs 30 and 60 of 90: [2] Section 5, [1] Fig. 4
 
+IDENTITY = (  # the flags that make a run this run; any other may change when it is continued
+    "dataset depth unit unit_args augment crop epochs batch_size micro_batch lr seed precision"
+).split()
+SETTINGS = "data workers device compile out checkpoint_seconds timeout".split()
 
-def lr_at(iteration, args):
-    """The learning rate of an iteration (0, 1, ...), without a warm-up ([2] Section 5)."""
-    return args.lr / 10 ** sum(iteration >= round(drop * args.iterations) for drop in DROPS)
+
+def lr_at(iteration, iterations, lr):
+    """The learning rate of an iteration (0, 1, ...) of so many, without a warm-up ([2] Section 5)."""
+    return lr / 10 ** sum(iteration >= round(drop * iterations) for drop in DROPS)
 
 
 @torch.inference_mode()
-def evaluate(nets, images, protocol, args, device, stop):
-    """The top-1 and top-5 error (%) under a protocol of data.PROTOCOLS, by the softmax averaged over its views and over
-    the nets. Every image counts once, whatever the number of processes."""
+def evaluate(nets, images, protocol, crop, batch_size, workers, device):
+    """The errors (%) {"top1": ..., "top5": ...} under a protocol of data.PROTOCOLS, by the softmax averaged over its
+    views and over the nets; of fewer than 6 classes top-1 alone. Every image counts once, whatever the number of
+    processes.
+
+    nets: [(net, the Precision in which it computes)]. batch_size: how many views a net sees at once.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    size = min(args.micro_batch, math.ceil(len(images) / world))
+    size = min(batch_size, math.ceil(len(images) / world))
     batches = [
         [(i,) for i in range(first + rank, min(first + size * world, len(images)), world)]
         for first in range(0, len(images), size * world)
     ]
-    view = functools.partial(data.test_views, protocol=protocol, crop=args.crop)
+    view = functools.partial(data.test_views, protocol=protocol, crop=crop)
     flips = data.PROTOCOLS[protocol][-1]
-    autocast = cifar_train.reduced(args.precision, device)
     right = torch.zeros(2, dtype=torch.int64, device=device)
-    for net in nets:
+    for net, _ in nets:
         net.eval()
-    stream = load(images, view, data.test_batch, batches, args, device)
+    stream = load(images, view, data.test_batch, batches, workers, device)
     for _ in batches:
-        stop.check()
+        checkpoint.stop.check()
         with checkpoint.all_or_none():
             flat, views, labels = next(stream)
         scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
-        for pixels, which in data.same_size(flat.to(device), views):
-            for part, rows in zip(pixels.split(size), which.to(device).split(size), strict=True):
+        for pixels, rows in data.same_size(flat.to(device), views):
+            for part, places in zip(pixels.split(size), rows.to(device).split(size), strict=True):
                 part = data.normalise(part)
-                for turned in (part, part.flip(3)) if flips else (part,):
-                    for net in nets:
-                        with autocast, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
-                            logits = net(turned)
-                        scores.index_add_(0, rows, logits.double().softmax(dim=1))
+                for x in (part, part.flip(3)) if flips else (part,):
+                    for net, precision in nets:
+                        with precision, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
+                            logits = net(x)
+                        scores.index_add_(0, places, logits.double().softmax(dim=1))
         hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(device).unsqueeze(1)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
     dist.all_reduce(right)
-    for net in nets:
+    for net, _ in nets:
         net.train()
-    return [100 * (len(images) - n) / len(images) for n in right.tolist()]
+    errors = [100 * (len(images) - n) / len(images) for n in right.tolist()]
+    return dict(zip(("top1", "top5"), errors[: 1 if len(images.classes) < 6 else 2], strict=False))
 
 
-class ImageNet:
-    """ImageNet in the place of cifar_train.Cifar: workers decode a step's images while the one before is computed.
-    sets: the training and the validation images."""
-
-    as_a_graph = False  # a batch comes from the host, and few large kernels are quickly launched
-    columns = {"val_top1": "top-1 error", "val_top5": "top-5 error"}
-    flags = ["augment", "crop", "epochs"]
-    sgd_arguments = {}
-
-    def __init__(self, args, sets, device, iteration):
-        self.args, self.device, self.val, self.size = args, device, sets[1], args.images
-        self.lr_at = functools.partial(lr_at, args=args)
-        ends = (round(epoch * args.images / args.batch_size) for epoch in range(1, args.epochs + 1))
-        self.rows_at = {max(1, end) for end in ends}
-        self.in_checkpoint = {"classes": sets[0].classes}
-        self.mine = cifar_train.own_micro_batches(args)
-        view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
-        keys = data.image_batches(args.seed, self.size, args.batch_size, args.micro_batch, self.mine, iteration)
-        self.stream = load(sets[0], view, data.train_batch, keys, args, device)
-        self.clock = Waiting(args, device)
-
-    def draw(self, iteration):
-        with self.clock, checkpoint.all_or_none():
-            return [next(self.stream) for _ in self.mine]
-
-    def micro_batches(self, batches):
-        batches = [[t.to(self.device, non_blocking=True) for t in batch] for batch in batches]
-        return [(data.normalise(pixels, draws), labels) for pixels, draws, labels in batches]
-
-    def errors(self, net, iteration, autocast, stop):
-        found = evaluate([net], self.val, "1-crop", self.args, self.device, stop)
-        self.clock.restart()
-        return dict(zip(self.columns, found, strict=True))
-
-
-def load(images, view, stack, batches, args, device):
-    return data.load_views(images, view, stack, batches, args.workers, device, checkpoint.ignore_signals)
-
-
-class Waiting:
-    """A context around each wait for images. Warns, once, when the device has had nothing to do but wait for more than
-    30 % of the time since the last evaluation. The first wait, in which workers start, does not count."""
-
-    def __init__(self, args, device):
-        self.args, self.warned, self.cuda = args, dist.get_rank() > 0, device.type == "cuda"
-        self.restart()
-
-    def restart(self):
-        self.waits, self.waited, self.pending = 0, 0.0, []
-
-    def __enter__(self):
-        self.start = time.monotonic()
-        if self.waits == 1:
-            self.began = self.start
-        self.done = self.mark()
-
-    def __exit__(self, *error):
-        waited = time.monotonic() - self.start
-        self.waits += 1
-        if self.waits == 1:
-            return
-        if self.cuda:
-            self.pending.append((self.done, self.mark(), waited))
-        else:
-            self.waited += waited
-        while self.pending and self.pending[0][1].query():  # read when the GPU has passed them, which is not waited for
-            done, ready, waited = self.pending.pop(0)
-            self.waited += min(waited, done.elapsed_time(ready) / 1000)  # while it still computed it did not wait
-        elapsed = time.monotonic() - self.began
-        if self.waits > 100 and self.waited > 0.3 * elapsed and not self.warned:
-            self.warned = True
-            images = (self.waits - 1) * self.args.batch_size
-            cifar_train.say(
-                f"input-bound: {self.waited / elapsed:.0%} of the time is spent waiting for data. The loader delivers "
-                f"{images / elapsed:,.0f} images/s, the net takes {images / (elapsed - self.waited):,.0f} "
-                f"(--workers is {self.args.workers})"
-            )
-
-    def mark(self):
-        """When the GPU will have done all that it has been given so far."""
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else None
-        if event:
-            event.record()
-        return event
+def load(images, view, stack, batches, workers, device):
+    return data.load_views(images, view, stack, batches, workers, device, checkpoint.ignore_signals)
 
 
 @torch.inference_mode()
-def recompute_bn(net, images, n, args, device):
+def recompute_bn(net, images, n, args, iteration, workers, device):
     """BN's statistics as the true mean and variance over n training views, in whole micro-batches, as the authors did
-    before they published their nets (github.com/KaimingHe/deep-residual-networks)."""
+    before they published their nets (github.com/KaimingHe/deep-residual-networks). The views are those that a run with
+    the flags `args` would have trained on after an iteration."""
     rank, world = dist.get_rank(), dist.get_world_size()
     total = math.ceil(n / args.micro_batch)
     layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
@@ -179,13 +123,13 @@ def recompute_bn(net, images, n, args, device):
         for layer, moment in zip(layers, moments, strict=True)
     ]
     view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
-    stream = data.image_batches(args.seed, len(images), args.micro_batch, args.micro_batch, range(1), args.iterations)
-    stream = (batch for i, batch in zip(range(total), stream, strict=False) if i % world == rank)
-    autocast = cifar_train.reduced(args.precision, device)
+    batches = data.image_batches(args.seed, len(images), args.micro_batch, args.micro_batch, range(1), iteration)
+    batches = (batch for i, batch in zip(range(total), batches, strict=False) if i % world == rank)
+    precision = Precision(args.precision, device)
     net.train()
     with checkpoint.all_or_none():
-        for pixels, draws, _ in load(images, view, data.train_batch, stream, args, device):
-            with autocast:
+        for pixels, draws, _ in load(images, view, data.train_batch, batches, workers, device):
+            with precision:
                 net(data.normalise(pixels.to(device), draws.to(device)))
     for hook in hooks:
         hook.remove()
@@ -196,16 +140,212 @@ def recompute_bn(net, images, n, args, device):
         layer.running_var.copy_(square - mean.square())
 
 
+def train(args, device):
+    """Train the net that the flags name, from where its run stands, evaluate what --test asks for and has not been
+    evaluated yet, and write the result. Returns the exit status."""
+    with checkpoint.all_or_none():
+        images, val = data.load_imagenet(args.dataset, args.data, args.images)
+        refuse_other_images(args.out, len(images), images.classes)
+        iterations = max(1, round(args.epochs * len(images) / args.batch_size))
+        columns = {"val_top1": "top-1 error", "val_top5": "top-5 error"}
+        if len(images.classes) < 6:
+            del columns["val_top5"]
+        identity = {name: getattr(args, name) for name in IDENTITY} | {"images": len(images)}
+        run = checkpoint.Run(args.out, identity, columns)
+        protocols = [name for name in args.test if not evaluated(args.out, name, iterations)]
+        if run.result and run.result["diverged"]:
+            protocols = []
+    checkpoint.agree(args.out, run.result, protocols)
+    if run.result and not protocols:
+        return finish(run, run.result, columns, papers_errors(args, "1-crop"))
+
+    with checkpoint.all_or_none(args.out):
+        torch.manual_seed(args.seed)
+        net = imagenet_resnet(args.depth, UNITS[args.unit], len(images.classes), **args.unit_args)
+        net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            compile_units(net)
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+        about = {"classes": images.classes, "mean": mean, "std": std, "size": args.crop}
+        run.begin({name: getattr(args, name) for name in SETTINGS}, about)
+        if run.result:
+            state = run.load()
+            if state is None or state["iteration"] != iterations:
+                raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to evaluate")
+            net.load_state_dict(state["model"])
+
+    precision = Precision(args.precision, device)
+
+    def test(protocol):
+        return evaluate([(net, precision)], val, protocol, args.crop, args.micro_batch, args.workers, device)
+
+    result = run.result or train_net(args, run, net, images, iterations, columns, about, test, device)
+    if protocols and not result["diverged"]:
+        about = {"runs": [args.out], "iterations": [iterations], "recompute_bn": 0, "precision": args.precision}
+        write_errors(args.out, protocols, test, len(val), about, run.write, functools.partial(papers_errors, args))
+    return finish(run, result, columns, "" if result["diverged"] else papers_errors(args, "1-crop"))
+
+
+def train_net(args, run, net, images, iterations, columns, about, test, device):
+    """The training itself, on `images`. test: a function from a protocol to the net's errors. Returns the result."""
+    ends = (round(epoch * len(images) / args.batch_size) for epoch in range(1, args.epochs + 1))
+    rows_at = {max(1, end) for end in ends}
+    count = args.batch_size // args.micro_batch
+    own = range(count)[own_micro_batches(args)]
+
+    def micro_batches(draws):
+        draws = [t.to(device, non_blocking=True) for t in draws]
+        parts = zip(draws[0::3], draws[1::3], draws[2::3], strict=True)
+        return [(data.normalise(pixels, colours), labels) for pixels, colours, labels in parts]
+
+    training = Training(args, run, net, classification, micro_batches, iterations, len(images), columns, about, device)
+    view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
+    keys = data.image_batches(args.seed, len(images), args.batch_size, args.micro_batch, own, training.iteration)
+    stream = load(images, view, data.train_batch, keys, args.workers, device)
+
+    def draws(t):
+        """What the workers made for iteration t: the next in the stream, which began where the training did."""
+        with training.waiting(), checkpoint.all_or_none():
+            return [t for _ in own for t in next(stream)]
+
+    with contextlib.closing(stream), training:
+        while True:
+            t = training.iteration
+            if training.row_due(t in rows_at):
+                training.row(lr_at(t - 1, iterations, args.lr), {f"val_{top}": e for top, e in test("1-crop").items()})
+            if t == iterations:
+                break
+            training.save_if_due()
+            training.iterate(lr_at(t, iterations, args.lr), draws(t))
+    return training.result("augment", "crop", "epochs")
+
+
+def write_errors(folder, protocols, test, images, about, write, papers):
+    """Evaluate by test(protocol) under each protocol: print a line, and write <protocol>.json into a folder by
+    write(path, content). Returns the contents by protocol."""
+    contents = {}
+    for protocol in protocols:
+        errors = test(protocol)
+        contents[protocol] = errors | {"images": images} | about
+        write(pathlib.Path(folder, f"{protocol}.json"), checkpoint.as_json(contents[protocol]))
+        shown = f"{protocol} top-1 error {errors['top1']:.2f} %"
+        shown += f", top-5 {errors['top5']:.2f} %" if "top5" in errors else ""
+        print_line(f"{folder}: {shown}{papers(protocol)}")
+    return contents
+
+
+def papers_errors(args, protocol):
+    """What the papers have for a net under a protocol, by the tables' copy in paper/: " (the paper, all of ImageNet:
+    22.85, 6.71)"."""
+    body, _, panel = args.unit.partition("-")
+    option = args.unit_args.get("option", "")
+    name = f"imagenet/{args.depth}" + (panel and f"-{panel}")
+    name += f"-{option}" if option and (body == "basic" or option != "B") else ""
+    name += "-scale-aspect" if args.augment == "scale-aspect" else ""
+    with open(pathlib.Path(__file__).parent / "paper" / "tables.csv", newline="") as file:
+        cells = [cell for cell in csv.DictReader(file) if cell["run"] == name and cell["paper"] != "-"]
+    paper = {cell["metric"]: cell["paper"] for cell in cells}
+    errors = [paper[f"{protocol} {top}"] for top in ("top-1", "top-5") if f"{protocol} {top}" in paper]
+    return f" (the paper, all of ImageNet: {', '.join(errors)})" if errors else ""
+
+
+def evaluated(folder, protocol, iterations):
+    """Whether the net of a run's last iteration has been evaluated under a protocol, as training left it."""
+    path = pathlib.Path(folder, f"{protocol}.json")
+    errors = checkpoint.read_json(path) if path.exists() else {}
+    return errors.get("iterations") == [iterations] and errors.get("recompute_bn") == 0
+
+
+def refuse_other_images(folder, count, classes):
+    """Raises ValueError when a run was begun on another number of images, or other classes, than there are now."""
+    path = pathlib.Path(folder, "config.json")
+    config = checkpoint.read_json(path) if path.exists() else {}
+    names = config.get("about", {}).get("classes", config.get("classes"))
+    number = len(names) if isinstance(names, list) else names  # a run from before `about` wrote how many there were
+    if config.get("dataset") != "imagenet" or (config.get("images"), names) in (
+        (count, classes),
+        (count, len(classes)),
+    ):
+        return
+    differ = sorted({*names} ^ {*classes}) if isinstance(names, list) else []
+    raise ValueError(
+        f"{folder} was begun on {config.get('images')} training images of {number} classes, and there are now {count} "
+        f"of {len(classes)}{' (differing: ' + ', '.join(differ[:5]) + ')' if differ else ''}. Put back what "
+        "is missing, whole, and the run continues; or choose another --out"
+    )
+
+
+def check_classes(folder, classes, images):
+    """Raises ValueError when a run's classes are not those of the images."""
+    if classes != images.classes:
+        ours, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
+        raise ValueError(f"{folder} is of {ours} and the images of {theirs}")
+
+
+def evaluate_runs(flags, device):
+    """Evaluate a run's checkpoint, or the average of several; net, data set and crop are those of their config.json."""
+    began = time.monotonic()
+    with checkpoint.all_or_none(" or ".join(flags.evaluate)):
+        lacking = [run for run in flags.evaluate if not pathlib.Path(run, "config.json").exists()]
+        if lacking:
+            raise ValueError(f"there is no run in {', '.join(lacking)}")
+        runs = [checkpoint.read_run(folder) for folder in flags.evaluate]
+        for folder, (args, _) in zip(flags.evaluate, runs, strict=True):
+            if "crop" not in args:
+                raise ValueError(
+                    f"{folder} is no run of imagenet_train.py: evaluate it with the script that trained it"
+                )
+            if (args.dataset, args.crop) != (runs[0][0].dataset, runs[0][0].crop):
+                raise ValueError(f"{folder} and {flags.evaluate[0]} differ in data set or crop")
+        place = args.dataset, flags.data or args.data
+        val = data.imagenet_part(*place, "val", args.images)
+        train_images = data.imagenet_part(*place, "train", args.images) if flags.recompute_bn else None
+        nets = []
+        for folder, (args, state) in zip(flags.evaluate, runs, strict=True):
+            check_classes(folder, state["about"]["classes"] if "about" in state else state["classes"], val)
+            net = imagenet_resnet(args.depth, UNITS[args.unit], len(val.classes), **args.unit_args)
+            net.load_state_dict(state["model"])
+            net.to(device, memory_format=torch.channels_last)
+            nets.append((net, Precision(args.precision, device)))
+        out = pathlib.Path(flags.out or flags.evaluate[0])
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, state in runs]}
+        about |= {"recompute_bn": flags.recompute_bn}
+        before = (checkpoint.read_result(out) if flags.out else None) or about
+        if any(before.get(name) != value for name, value in about.items()):
+            raise ValueError(f"--out {out} holds the evaluation of {', '.join(before.get('runs', []))}: choose another")
+
+    def write(path, content):
+        with checkpoint.all_or_none():
+            if dist.get_rank() == 0:
+                checkpoint.write(path, content)
+
+    def test(protocol):
+        return evaluate(nets, val, protocol, args.crop, flags.batch_size, flags.workers, device)
+
+    def papers(protocol):
+        return papers_errors(args, protocol) if len(runs) == 1 else ""
+
+    if flags.recompute_bn:
+        for (args, state), (net, _) in zip(runs, nets, strict=True):
+            recompute_bn(net, train_images, flags.recompute_bn, args, state["iteration"], flags.workers, device)
+    precisions = {"precision": ", ".join(dict.fromkeys(args.precision for args, _ in runs))}
+    protocols = flags.test or ["1-crop"]
+    errors = write_errors(out, protocols, test, len(val), about | precisions, write, papers)
+    if flags.out:
+        result = before | precisions | {"dataset": args.dataset, "diverged": False, **errors}
+        result |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
+        write(out / "result.json", checkpoint.as_json(result))
+    return 0
+
+
 def parse_flags():
     """The command line, with every default filled in; exits with status 2 on bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument_group("the net").add_argument
-    add("--depth", type=int, default=50, help="weight layers: 18, 34, 50, 101, 152, 200 (default 50)")
-    add("--preact", action="store_true", help="full pre-activation, [2] Fig. 4(e) (default: the original unit)")
-    add("--unit", metavar="NAME", help="a unit of units.py (default basic at 18 and 34, else bottleneck)")
-    add("--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable")
+    group = parser.add_argument_group("the net")
+    add_unit_flags(group, (50, "18, 34, 50, 101, 152, 200"), "basic at 18 and 34, else bottleneck")
     add = parser.add_argument_group("the data").add_argument
     add(
         "--dataset",
@@ -213,7 +353,11 @@ def parse_flags():
         default="imagenet",
         help="synthetic needs none (default imagenet)",
     )
-    add("--data", metavar="DIR", help="where train/<class>/ and val/<class>/ lie (default data/imagenet)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="where train/<class>/ and val/<class>/ lie (default data/imagenet)",
+    )
     add("--augment", choices=data.AUGMENT, default="scale", help="scale is the papers' (default scale)")
     add("--crop", type=int, default=224, metavar="N", help="pixels; every size scales along (default 224)")
     add("--images", type=int, metavar="N", help="how many synthetic ones to train on (default 1000)")
@@ -224,19 +368,7 @@ def parse_flags():
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default an 8th of the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
-    add = parser.add_argument_group("the machine and the run").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
-    add("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="float32", help="(default float32)")
-    add("--compile", action="store_true", help="compile the units: a minute or two first, then faster on a GPU")
-    add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
-    add(
-        "--checkpoint-seconds",
-        type=float,
-        default=300,
-        metavar="S",
-        help="what a kill may cost; 0: a step (default 300)",
-    )
-    add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
+    add_run_flags(parser.add_argument_group("the machine and the run"), checkpoint_seconds=300)
     add = parser.add_argument_group("evaluation").add_argument
     protocols = ", ".join(data.PROTOCOLS)
     add("--test", metavar="PROTOCOL[,...]", help=f"at the end of training, or with --evaluate: {protocols}")
@@ -248,7 +380,7 @@ def parse_flags():
     try:
         if args.evaluate:
             own = "--evaluate --test --recompute-bn --data --device --workers --batch-size --out --timeout"
-            cifar_train.refuse_all_but(own)
+            refuse_all_but(own)
         resolve(args)
     except ValueError as error:
         checkpoint.fail(error)
@@ -257,7 +389,7 @@ def parse_flags():
 
 def resolve(args):
     """Fill in what the flags leave open. Raises ValueError on a contradiction."""
-    cifar_train.resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+    resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -273,166 +405,27 @@ def resolve(args):
         if args.out and pathlib.Path(args.out, "config.json").exists():
             raise ValueError(f"--out {args.out} is the folder of a training run: choose another for the evaluation")
         args.batch_size = 32 if args.batch_size is None else args.batch_size
-        cifar_train.at_least(args, batch_size=1, workers=0, recompute_bn=0)
+        at_least(args, batch_size=1, workers=0, recompute_bn=0)
         return
     if args.recompute_bn:
         raise ValueError("--recompute-bn goes with --evaluate")
     if args.dataset == "imagenet" and args.images is not None:
         raise ValueError("--images goes with --dataset synthetic")
+    args.data = args.data or "data/imagenet"
     args.images = 1000 if args.images is None else args.images
     args.batch_size = 256 if args.batch_size is None else args.batch_size
     args.micro_batch = max(args.batch_size // 8, 1) if args.micro_batch is None else args.micro_batch
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    cifar_train.check_recipe(args)
-    cifar_train.at_least(args, epochs=1, crop=32, images=1, workers=0)
+    check_recipe(args)
+    at_least(args, epochs=1, crop=32, images=1, workers=0)
     if args.crop == 32 and args.micro_batch == 1:
         raise ValueError("--crop 32 ends in maps of one pixel: BN needs a --micro-batch of at least 2 images there")
 
 
-def papers_figures(args, protocol):
-    """What the papers have for a net under a protocol, by the tables' copy in paper/: " (the paper: 22.85, 6.71)"."""
-    body, _, panel = args.unit.partition("-")
-    option = args.unit_args.get("option", "")
-    name = f"imagenet/{args.depth}" + (panel and f"-{panel}")
-    name += f"-{option}" if option and (body == "basic" or option != "B") else ""
-    name += "-scale-aspect" if args.augment == "scale-aspect" else ""
-    with open(pathlib.Path(__file__).parent / "paper" / "tables.csv", newline="") as file:
-        cells = [cell for cell in csv.DictReader(file) if cell["run"] == name and cell["paper"] != "-"]
-    found = {cell["metric"]: cell["paper"] for cell in cells}
-    figures = [found[f"{protocol} {top}"] for top in ("top-1", "top-5") if f"{protocol} {top}" in found]
-    return f" (the paper, all of ImageNet: {', '.join(figures)})" if figures else ""
-
-
-def test(nets, images, protocols, args, device, stop, folder, more, write):
-    """Evaluate under each protocol: a line on the terminal, and <protocol>.json in a folder. Returns their contents."""
-    found = {}
-    for protocol in protocols:
-        top1, top5 = evaluate(nets, images, protocol, args, device, stop)
-        found[protocol] = {"top1": top1, "top5": top5, "images": len(images), "precision": args.precision} | more
-        write(pathlib.Path(folder, f"{protocol}.json"), found[protocol])
-        if dist.get_rank() == 0:
-            paper = papers_figures(args, protocol) if len(nets) == 1 else ""
-            cifar_train.say(f"{folder}: {protocol} top-1 error {top1:.2f} %, top-5 {top5:.2f} %{paper}")
-    return found
-
-
-def read_run(folder):
-    """(flags, net, checkpoint) of a run. Raises ValueError when its folder does not hold one."""
-    args = argparse.Namespace(**checkpoint.read_json(pathlib.Path(folder, "config.json")))
-    state = checkpoint.load(folder)
-    if state is None:
-        raise ValueError(f"{folder} holds no checkpoint")
-    net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
-    net.load_state_dict(state["model"])
-    return args, net, state
-
-
-def check_classes(folder, classes, images):
-    if classes != images.classes:
-        mine, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
-        raise ValueError(f"{folder} is of {mine} and the images of {theirs}")
-
-
-def evaluate_runs(flags, device, stop):
-    """Evaluate a run's checkpoint, or the average of several; net, data set and crop are those of their config.json."""
-    began = time.monotonic()
-    with checkpoint.all_or_none(" or ".join(flags.evaluate)):
-        lacking = [run for run in flags.evaluate if not pathlib.Path(run, "config.json").exists()]
-        if lacking:
-            raise ValueError(f"there is no run in {', '.join(lacking)}")
-        runs = [read_run(folder) for folder in flags.evaluate]
-        args = runs[0][0]
-        place = args.dataset, flags.data or args.data
-        images = data.imagenet_part(*place, "val", args.images)
-        train_images = data.imagenet_part(*place, "train", args.images) if flags.recompute_bn else None
-        for folder, (other, net, state) in zip(flags.evaluate, runs, strict=True):
-            check_classes(folder, state["classes"], images)
-            if (other.dataset, other.crop) != (args.dataset, args.crop):
-                raise ValueError(f"{folder} and {flags.evaluate[0]} differ in data set or crop")
-            net.to(device, memory_format=torch.channels_last)
-        out = pathlib.Path(flags.out or flags.evaluate[0])
-        out.mkdir(parents=True, exist_ok=True)
-        made = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, _, state in runs]}
-        made |= {"recompute_bn": flags.recompute_bn}
-        before = (checkpoint.result(out) if flags.out else None) or made
-        if any(before.get(name) != value for name, value in made.items()):
-            raise ValueError(f"--out {out} holds the evaluation of {', '.join(before.get('runs', []))}: choose another")
-
-    def write(path, content):
-        with checkpoint.all_or_none():
-            if dist.get_rank() == 0:
-                checkpoint.write(path, checkpoint.as_json(content))
-
-    for other, net, _ in runs:
-        other.workers = flags.workers
-        if flags.recompute_bn:
-            recompute_bn(net, train_images, flags.recompute_bn, other, device)
-    args.micro_batch = flags.batch_size
-    found = test([net for _, net, _ in runs], images, flags.test or ["1-crop"], args, device, stop, out, made, write)
-    if flags.out:
-        done = before | {"dataset": args.dataset, "precision": args.precision, "diverged": False, **found}
-        done |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": cifar_train.peak_memory(device)}
-        write(out / "result.json", done)
-    return 0
-
-
-def final(folder, protocol, iterations):
-    """Has the net of a run's last iteration been evaluated under a protocol, as training left it?"""
-    path = pathlib.Path(folder, f"{protocol}.json")
-    made = checkpoint.read_json(path) if path.exists() else {}
-    return made.get("iterations") == [iterations] and made.get("recompute_bn") == 0
-
-
-def train_run(args, device, stop):
-    """Train the net that the flags name, or say that this has been done, and evaluate what --test asks for and has not
-    been evaluated yet; all of it is in the run's folder, result.json last."""
-    args.data = args.data or "data/imagenet"
-    with checkpoint.all_or_none():
-        sets = data.load_imagenet(args.dataset, args.data, args.images)
-        args.images, args.classes = len(sets[0]), len(sets[0].classes)
-        args.iterations = max(1, round(args.epochs * args.images / args.batch_size))
-        torch.manual_seed(args.seed)
-        net = imagenet_resnet(args.depth, UNITS[args.unit], args.classes, **args.unit_args)
-        net.to(device, memory_format=torch.channels_last)
-        if args.compile:
-            compile_units(net)
-        flags = {name: value for name, value in vars(args).items() if name not in ("evaluate", "test", "recompute_bn")}
-        run = checkpoint.Run(args.out, flags) if dist.get_rank() == 0 else None
-        state = checkpoint.load(args.out, flags)
-        if state:
-            check_classes(args.out, state["classes"], sets[1])
-        done = checkpoint.result(args.out, ImageNet.columns)
-        protocols = [name for name in args.test if not final(args.out, name, args.iterations)]
-        if done and done["diverged"]:
-            protocols = []
-        elif done and protocols and (state is None or state["iteration"] != args.iterations):
-            raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to evaluate")
-    checkpoint.agree(args.out, done is None, protocols, state and state["iteration"])
-
-    def write(path, content):
-        if run:
-            run.write(path, checkpoint.as_json(content))
-
-    result = done
-    if not done:
-        source = ImageNet(args, sets, device, state["iteration"] if state else 0)
-        with contextlib.closing(source.stream):
-            result = cifar_train.train(args, net, source, state, run, stop, device)
-    elif protocols:
-        net.load_state_dict(state["model"])
-    if protocols and not result["diverged"]:
-        made = {"runs": [args.out], "iterations": [args.iterations], "recompute_bn": 0}
-        test([net], sets[1], protocols, args, device, stop, args.out, made, write)
-    paper = "" if result["diverged"] else papers_figures(args, "1-crop")
-    return cifar_train.finish(run, result, done, ImageNet.columns, paper)
-
-
 def main():
     args = parse_flags()
-    return cifar_train.start(evaluate_runs if args.evaluate else train_run, args)
+    return start(evaluate_runs if args.evaluate else train, args)
 
 
 if __name__ == "__main__":
-    status = main()
-    dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(main())

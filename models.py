@@ -1,6 +1,5 @@
 """Nets of any depth, made of the units of units.py. Imports torch alone."""
 
-import torch
 from torch import nn
 
 from units import arguments, conv
@@ -76,39 +75,3 @@ def imagenet_resnet(depth, unit, num_classes=1000, **unit_args):
         unit_args = {"option": "B"} | unit_args
     stem = conv(7, 3, 64, stride=2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
     return ResNet(stem, 64, counts, unit, num_classes, unit_args)
-
-
-def compile_units(net):
-    """Compile a net's units in place, each by itself: units of one class and shape share a graph, so that there are as
-    few at depth 1001 as at 20. Raises ValueError where torch.compile does not work, such as without a C++ compiler."""
-    torch._dynamo.config.recompile_limit = 64  # beyond it, units would run uncompiled without a word
-    try:
-        torch.compile(torch.exp)(torch.zeros(1, device=net.fc.weight.device))
-    except Exception as error:  # of whatever the compiler is made
-        raise ValueError(f"torch.compile does not work here: {str(error).partition(chr(10))[0]}") from None
-    for stage in net.stages:
-        for unit in stage:
-            unit.compile(dynamic=False)
-
-
-def flatten(net):
-    """Lay a net's gradients and running statistics out flat, so that one operation reaches them all.
-
-    Returns `shared`, of parameters + statistics + 2 elements, whose head every `.grad` is a view of from now on (with
-    its parameter's strides: fused SGD on a CPU is silently wrong where they differ), and `running`, whose views the
-    statistics are. In the rest of `shared` a step gathers the statistics, the loss and the error.
-    """
-    parameters, statistics = list(net.parameters()), list(net.buffers())
-    running = torch.cat([s.flatten() for s in statistics])
-    shared = running.new_zeros(sum(p.numel() for p in parameters) + running.numel() + 2)
-    offset = 0
-    for p in parameters:
-        p.grad = shared.as_strided(p.shape, p.stride(), offset)
-        offset += p.numel()
-    offset = 0
-    for layer in net.modules():
-        for name, s in layer.named_buffers(recurse=False):
-            # .data: with a version counter of its own, or backward of a compiled unit would refuse other BNs' updates
-            setattr(layer, name, running[offset : offset + s.numel()].data)
-            offset += s.numel()
-    return shared, running

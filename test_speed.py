@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 import platform
 import re
 import signal
@@ -17,7 +16,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,45 +24,33 @@ import checkpoint
 import cifar_train
 import data
 import models
+import training
 import units
+from conftest import HERE
 
-HERE = pathlib.Path(__file__).parent
 TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --device cpu --warmup 0".split()
 
 
+SCRIPT = cifar_train  # what `start` runs
+
+
 @pytest.fixture(autouse=True)
-def one_process():
-    torch.set_num_threads(1)
+def no_graphs_yet():
     torch.compiler.reset()
     counters.clear()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def call(monkeypatch, script, *words):
-    """Run a script's main in this process. Returns its exit status."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
-    try:
-        return script.main()
-    except SystemExit as error:
-        return error.code
 
 
 def prepared(depth, unit, dtype=torch.float32, micro=2):
-    """A net on its way through training: the arguments of cifar_train.step."""
+    """A net on its way through training: the arguments of training.step."""
     torch.manual_seed(0)
     net = models.cifar_resnet(depth, unit).to(dtype=dtype, memory_format=torch.channels_last)
-    shared, running = models.flatten(net)
+    shared, running = training.flatten(net)
     lr = torch.tensor(0.1, dtype=dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, fused=True)
     images = torch.randn(micro, 2, 3, 32, 32, dtype=dtype)
     batches = [(part.contiguous(memory_format=torch.channels_last), torch.tensor([0, 1])) for part in images]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return net, batches, shared, running, optimizer, scaler, nullcontext()
+    return net, training.classification, batches, shared, running, optimizer, scaler, nullcontext()
 
 
 class Operations(TorchDispatchMode):
@@ -90,16 +76,16 @@ def host_reads(operations):
 
 
 @pytest.mark.parametrize("name", ("basic", "bottleneck-preact", "basic-exclusive-gating", "basic-dropout-shortcut"))
-def test_the_step_reads_nothing_on_the_host(name):
+def test_the_step_reads_nothing_on_the_host(name, world_of_one):
     depth = 8 if name.startswith("basic") else 11
-    net, batches, *rest = prepared(depth, units.UNITS[name])
+    net, objective, batches, *rest = prepared(depth, units.UNITS[name])
     images = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
     mean, std = data.normalisation(images, "paper")
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
     draws = data.batch_draws(1, 0, 4, 9, "cpu")
     with Operations() as operations:
         batches = [(data.augment(crops, mean_crops, std, d), batches[0][1]) for d in draws.chunk(2, dim=1)]
-        cifar_train.step(net, batches, *rest)
+        training.step(net, objective, batches, *rest)
     assert len(operations.seen) > 100 and not host_reads(operations)
     with Operations() as operations:  # and the test would see one
         rest[0].sum().item()
@@ -109,36 +95,36 @@ def test_the_step_reads_nothing_on_the_host(name):
 
 
 @pytest.mark.parametrize("name, most", [("basic", 10), ("basic-preact", 10), ("bottleneck-preact", 10), ("single", 11)])
-def test_operations_per_convolution(name, most):
+def test_operations_per_convolution(name, most, world_of_one):
     """Forward and backward together; the optimizer, the statistics and the gradients' average cost the same at any
     depth. (Convolution, BN and ReLU, each backwards too, and adding to three gradients are nine.)"""
     unit, launches = units.UNITS[name], []
     for count in (1, 2, 3):
         words = prepared(3 * count * unit.weights + 2, unit, micro=1)
         with benchmark.Traffic() as traffic:
-            cifar_train.step(*words)
+            training.step(*words)
         launches.append(traffic.launches)
     more, again = launches[1] - launches[0], launches[2] - launches[1]
     assert 0 < more == again and more / (3 * unit.weights) <= most
 
 
-def test_defaults(monkeypatch, tmp_path):
+def test_defaults(start, monkeypatch):
     """What cifar_train.py trains and evaluates is laid out and run as README says."""
-    seen, step = {}, cifar_train.step
+    seen, step = {}, training.step
 
     def watched_output(net, images, logits):
         if not net.training:
             seen["evaluated"].append(logits.is_inference())
 
-    def watched_step(net, batches, shared, running, optimizer, *more):
-        step(net, batches, shared, running, optimizer, *more)
+    def watched_step(net, objective, batches, shared, running, optimizer, *more):
+        step(net, objective, batches, shared, running, optimizer, *more)
         seen["step"] = (net, batches, optimizer)
         if "evaluated" not in seen:
             seen["evaluated"] = []
             net.register_forward_hook(watched_output)
 
-    monkeypatch.setattr(cifar_train, "step", watched_step)
-    assert call(monkeypatch, cifar_train, *TINY, "--iterations", 3, "--out", tmp_path / "run") == 0
+    monkeypatch.setattr(training, "step", watched_step)
+    assert start(*TINY, "--iterations", 3, "--out", "run")[0] == 0
     net, batches, optimizer = seen["step"]
     wide = [p for p in net.parameters() if p.dim() == 4 and p.shape[2] > 1]
     assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
@@ -174,23 +160,24 @@ def test_freed_memory_is_kept():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, depths", [("basic", (14, 20)), ("bottleneck-preact", (20, 29))])
-def test_compiled_steps_equal_plain_ones(name, depths):
+def test_compiled_steps_equal_plain_ones(name, depths, world_of_one):
     """A handful of graphs, all made in the first step, and none more for a deeper net, a new learning rate, an
     evaluation with a smaller last batch, or a net that goes on from a state."""
     evaluated = torch.randint(256, (251, 3, 32, 32), dtype=torch.uint8), torch.zeros(251, dtype=torch.int64)
-    mean, stop = torch.full((3, 32, 32), 128.0, dtype=torch.float64), types.SimpleNamespace(check=lambda: None)
+    mean = torch.full((3, 32, 32), 128.0, dtype=torch.float64)
     for depth in depths:
         nets = []
         for compiled in (True, False):
-            net, batches, shared, running, optimizer, *more = prepared(depth, units.UNITS[name], torch.float64)
+            net, *words = prepared(depth, units.UNITS[name], torch.float64)
+            optimizer = words[4]
             names, graphs = list(net.state_dict()), []
             if compiled:
-                models.compile_units(net)
+                training.compile_units(net)
             before = counters["stats"]["unique_graphs"]
             for rate in (0.1, 0.1, 0.01, 0.001):
                 optimizer.param_groups[0]["lr"].fill_(rate)
-                cifar_train.step(net, batches, shared, running, optimizer, *more)
-                cifar_train.evaluate(net, *evaluated, mean, 64.0, nullcontext(), stop)
+                training.step(net, *words)
+                cifar_train.evaluate(net, *evaluated, mean, 64.0, nullcontext())
                 graphs.append(counters["stats"]["unique_graphs"] - before)
                 net.load_state_dict(copy.deepcopy(net.state_dict()))
             if compiled and depth == depths[0]:
@@ -205,10 +192,10 @@ def test_compiled_steps_equal_plain_ones(name, depths):
     assert not counters["graph_break"]
 
 
-def test_a_compiled_run_continues_to_the_same_bits(monkeypatch, tmp_path):
+def test_a_compiled_run_continues_to_the_same_bits(start, monkeypatch, tmp_path):
     """Stopped after 3 of 6 iterations, and it may go on with --compile or without."""
     words = ["--compile", "--iterations", 6]
-    assert call(monkeypatch, cifar_train, *TINY, *words, "--out", tmp_path / "whole") == 0
+    assert start(*TINY, *words, "--out", tmp_path / "whole")[0] == 0
     check, calls = checkpoint.Stop.check, []
 
     def stop_after_3(self, due=False):
@@ -220,22 +207,22 @@ def test_a_compiled_run_continues_to_the_same_bits(monkeypatch, tmp_path):
     for out, again in (("parts", words), ("mixed", words[1:])):
         calls.clear()
         monkeypatch.setattr(checkpoint.Stop, "check", stop_after_3)
-        assert call(monkeypatch, cifar_train, *TINY, *words, "--out", tmp_path / out) == 143
+        assert start(*TINY, *words, "--out", tmp_path / out)[0] == 143
         monkeypatch.setattr(checkpoint.Stop, "check", check)
         assert checkpoint.load(tmp_path / out)["iteration"] == 3
-        assert call(monkeypatch, cifar_train, *TINY, *again, "--out", tmp_path / out) == 0
+        assert start(*TINY, *again, "--out", tmp_path / out)[0] == 0
     whole, parts = (checkpoint.load(tmp_path / out)["model"] for out in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert "stem.0.weight" in whole and not any("_orig_mod" in name for name in whole)
 
 
-def test_no_compiler_is_said_before_anything_is_begun(monkeypatch, tmp_path, capsys):
+def test_no_compiler_is_said_before_anything_is_begun(start, monkeypatch, tmp_path):
     def compile(function):
         raise RuntimeError("no C++ compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", compile)
-    assert call(monkeypatch, cifar_train, *TINY, "--compile", "--iterations", 6, "--out", tmp_path / "run") == 2
-    assert "torch.compile does not work here: no C++ compiler\n" in capsys.readouterr().err
+    status, printed = start(*TINY, "--compile", "--iterations", 6, "--out", tmp_path / "run")
+    assert status == 2 and "torch.compile does not work here: no C++ compiler\n" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -243,7 +230,7 @@ def test_no_compiler_is_said_before_anything_is_begun(monkeypatch, tmp_path, cap
 
 
 @pytest.fixture
-def measure(monkeypatch, capsys):
+def measure(start, monkeypatch):
     """Run benchmark.py with a clock of our own, on which ours takes 2 s, the other `other` s. Returns the exit status,
     and what was printed as JSON or as it was."""
 
@@ -255,7 +242,7 @@ def measure(monkeypatch, capsys):
     context = types.SimpleNamespace(Process=thread)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
-    def start(*words, other=3.0):
+    def run(*words, other=3.0):
         turns = itertools.count()
 
         def seconds(work, args, times=1):
@@ -267,11 +254,10 @@ def measure(monkeypatch, capsys):
             return 2.0
 
         monkeypatch.setattr(benchmark, "seconds", seconds)
-        status = call(monkeypatch, benchmark, *words)
-        printed = capsys.readouterr()
-        return status, json.loads(printed.out) if "--json" in words and status != 2 else printed.out + printed.err
+        status, printed = start(*words, script=benchmark)
+        return status, json.loads(printed.splitlines()[0]) if "--json" in words and status != 2 else printed
 
-    return start
+    return run
 
 
 STEP = "step --depth 8 --batch-size 2 --pairs 3 --json".split()

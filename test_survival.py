@@ -11,15 +11,12 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import pickle
 import random
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,8 +29,12 @@ import torch.distributed as dist
 
 import checkpoint
 import cifar_train
+import conftest
+import data
+import training
+from conftest import HERE, torchrun_variables
 
-HERE = pathlib.Path(__file__).parent
+SCRIPT = cifar_train  # what `start` runs
 # Dropout, so that random numbers drawn in the net have to come back too; evaluated after 250 iterations and at the end.
 RUNS = {
     "cifar_train": (
@@ -49,60 +50,43 @@ TINY = "--dataset synthetic --images 20 --depth 8 --batch-size 2 --iterations 12
 TABLE = []
 
 
-# A process that has imported everything and computed nothing forks every run: an import of torch takes seconds.
-
-
-def be(script, words, printed, variables):
-    """What `python script.py words` does, in a forked process; its output and its phase in files."""
-    os.setsid()
-    os.environ.update(variables)
-    with open(printed, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def marked(words, printed, variables):
+    """What `python words` does in a forked process, with the phase that it is in at the moment in a file."""
     phases, marks = os.open(f"{printed}.phase", os.O_RDWR | os.O_CREAT | os.O_TRUNC), iter(range(10**6))
 
     def mark(phase):
         os.pwrite(phases, f"{next(marks):06} {phase}\n".ljust(30).encode(), 0)
 
-    save, train = checkpoint.Run.save, torch.nn.Module.eval
+    save, evaluate = checkpoint.Run.save, torch.nn.Module.eval
 
     def marked_save(self, state):
         mark("writing")
-        done = save(self, state)
+        saved = save(self, state)
         mark("training")
-        return done
+        return saved
 
     def marked_eval(self):
         mark("evaluating")
-        return train(self)
+        return evaluate(self)
 
     checkpoint.Run.save, torch.nn.Module.eval = marked_save, marked_eval
     mark("starting")
-    sys.argv = [f"{script}.py", *words]
-    runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
+    conftest.be(words, printed, variables)
 
 
 @pytest.fixture(scope="module")
 def fork():
     """Start a run in a process of its own. Returns that process."""
-    variables = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload([__name__])
-        started = []
+    started = []
 
-        def begin(out, micro=2, script="cifar_train", more=(), **variables):
-            words = [*RUNS[script].format(micro=micro).split(), "--out", str(out), *more]
-            process = server.Process(target=be, args=(script, words, f"{out}.printed", variables))
-            process.start()
-            started.append(process)
-            return process
+    def begin(out, micro=2, script="cifar_train", more=(), **variables):
+        words = [f"{script}.py", *RUNS[script].format(micro=micro).split(), "--out", out, *more]
+        started.append(conftest.fork(*words, target=marked, printed=f"{out}.printed", **variables))
+        return started[-1]
 
-        yield begin
-        for process in started:
-            process.kill()
+    yield begin
+    for process in started:
+        process.kill()
 
 
 def complete(fork, out, **options):
@@ -126,12 +110,11 @@ def phase(out):
 
 
 def content(out):
-    state = checkpoint.load(out)
-    state.pop("seconds")
-    result = json.loads((out / "result.json").read_text())
-    log = [line.rpartition(",")[0] for line in (out / "log.csv").read_text().splitlines()]
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in state.pop("rows")]
-    return state, {k: v for k, v in result.items() if k not in ("seconds", "peak_memory")}, log, rows
+    clocks = ("waited", "seconds", "peak_memory")
+    state, result = checkpoint.load(out), json.loads((out / "result.json").read_text())
+    log = [line.rsplit(",", 2)[0] for line in (out / "log.csv").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name not in clocks} for row in state.pop("rows")]
+    return *({k: v for k, v in kept.items() if k not in clocks} for kept in (state, result)), log, rows
 
 
 def equal(a, b):
@@ -259,14 +242,14 @@ def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
 def test_a_signal_that_also_stops_what_is_waited_for(start, monkeypatch):
     """Ctrl-C reaches --compile's compiler too, and what it breaks with is no error of the run."""
 
-    def broken(args, net, images, state, run, stop, device):
-        stop.asked = signal.SIGINT
+    def broken(args, device):
+        checkpoint.stop.asked = signal.SIGINT
         raise error
 
     monkeypatch.setattr(cifar_train, "train", broken)
     error = torch._dynamo.exc.BackendCompilerFailed(print, KeyboardInterrupt(), None)
     status, printed = start(*TINY.split(), "--out", "run")
-    assert status == 130 and "SIGINT: ended at once" in printed
+    assert status == 130 and "SIGINT: what was saved before stays" in printed
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):  # which is one
         start(*TINY.split(), "--out", "run")
@@ -289,7 +272,8 @@ def test_a_closed_error_stream_ends_nothing(start, monkeypatch):
 def test_a_forked_child_does_not_listen(start):
     """A loader's worker: what asks the run to stop must not end it, nor pass for a signal to its parent."""
     assert start(*TINY.split(), "--out", "run")[0] == 0
-    stop = checkpoint.Stop()
+    stop = checkpoint.stop
+    stop.listen()
     child = os.fork()
     if child == 0:
         ignored = all(signal.getsignal(number) == signal.SIG_IGN for number in checkpoint.SIGNALS)
@@ -327,11 +311,8 @@ def test_stop_at_random_moments(fork, undisturbed, tmp_path, report):
 
 def two_processes(fork, out, **options):
     """Start a run as two processes that find each other without torchrun."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [fork(out, micro=1, **options, **both, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    variables = torchrun_variables(2)
+    return [fork(out, micro=1, **options, **variables, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
 def await_checkpoints(out, count, alive):
@@ -393,18 +374,18 @@ def test_kill_a_random_rank(fork, script, tmp_path, report):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_or_hangs_is_named(fork, tmp_path, report):
-    """Without torchrun, so nobody but the other process sees it. One that waits still ends within 20 s of a signal."""
+def test_a_process_that_dies_or_hangs_ends_the_other(fork, tmp_path, report):
+    """Without torchrun, so only the other process sees it. One that waits still ends within 20 s of a signal."""
     outcomes = []
-    for number, timeout, word in ((signal.SIGKILL, 60, "died"), (signal.SIGSTOP, 5, "does not answer")):
+    for number, timeout in ((signal.SIGKILL, 60), (signal.SIGSTOP, 5)):
         for rank in (0, 1):
             out = tmp_path / f"{number}-{rank}"
             workers = two_processes(fork, out, more=("--timeout", str(timeout)))
             await_checkpoints(out, 5, workers[0].is_alive)
             os.kill(workers[rank].pid, number)
             workers[1 - rank].join(timeout=40)
-            named = f"process {1 - rank} lost process {rank}, which {word}" in printed(out)
-            outcomes.append(workers[1 - rank].exitcode == 1 and named)
+            told = f"process {1 - rank} lost another one, which died or does not answer" in printed(out)
+            outcomes.append(workers[1 - rank].exitcode == 1 and told)
             workers[rank].kill()
     workers = two_processes(fork, tmp_path / "asked")
     await_checkpoints(tmp_path / "asked", 5, workers[0].is_alive)
@@ -413,40 +394,11 @@ def test_a_process_that_dies_or_hangs_is_named(fork, tmp_path, report):
     os.kill(workers[0].pid, signal.SIGTERM)
     workers[0].join(timeout=20)
     outcomes.append(workers[0].exitcode == 143)
-    report("one of two processes killed or halted without torchrun", outcomes, "named; SIGTERM still heeded in 20 s")
-
-
-@pytest.fixture
-def world_of_one(monkeypatch, tmp_path):
-    """In this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def start(monkeypatch, capsys, tmp_path):
-    """Run cifar_train.py in this process. Returns the exit status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in checkpoint.SIGNALS}
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["cifar_train.py", *map(str, words)])
-        try:
-            status = cifar_train.main()
-        except SystemExit as error:
-            status = error.code
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            signal.set_wakeup_fd(-1)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        read = capsys.readouterr()
-        return status, read.out + read.err
-
-    return run
+    report(
+        "one of two processes killed or halted without torchrun",
+        outcomes,
+        "the other says so, status 1; SIGTERM still heeded in 20 s",
+    )
 
 
 class Evil:
@@ -511,6 +463,7 @@ def read_all(folder, files):
 
 def two_checkpoints(folder):
     run = checkpoint.Run(folder, {})
+    run.begin({}, {})
     for iteration in (1, 2):
         run.save({"iteration": iteration, "model": {"w": torch.full((5000,), float(iteration))}})
     return run
@@ -640,8 +593,8 @@ def poison(monkeypatch, what, moment):
             values[values.numel() // 2] = math.nan
         return all_reduce(values, *words, **more)
 
-    cross_entropy, augment, all_reduce = cifar_train.cross_entropy, cifar_train.data.augment, dist.all_reduce
-    places = {"loss": (cifar_train, "cross_entropy", loss), "input": (cifar_train.data, "augment", augmented)}
+    cross_entropy, augment, all_reduce = training.cross_entropy, data.augment, dist.all_reduce
+    places = {"loss": (training, "cross_entropy", loss), "input": (data, "augment", augmented)}
     monkeypatch.setattr(*(places | {"gradient": (dist, "all_reduce", summed)})[what])
 
 

@@ -4,7 +4,6 @@ processes, the command line and run_all.sh. No test looks at a clock."""
 import ast
 import csv
 import fcntl
-import gc
 import hashlib
 import json
 import os
@@ -12,11 +11,9 @@ import pathlib
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -27,77 +24,13 @@ import checkpoint
 import cifar_train
 import data
 import models
+import training
 import units
+from conftest import HERE, SHARED, pictures, start_workers
 
-HERE = pathlib.Path(__file__).parent
-SHARED = HERE.parent / "shared"
-
-
-NUMBERS = checkpoint.SIGNALS
-
-
-@pytest.fixture(autouse=True)
-def one_process():
-    """One thread, and neither the process group nor the signal handlers of a run outlive its test."""
-    torch.set_num_threads(1)
-    handlers = [signal.getsignal(number) for number in NUMBERS]
-    yield
-    for number, handler in zip(NUMBERS, handlers, strict=True):
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def world_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-SCRIPT = cifar_train  # what `flags` and `start` run; test_imagenet.py has its own
-
-
-@pytest.fixture
-def flags(monkeypatch, request):
-    """The resolved flags of a command line."""
-
-    def parse(*words, script=request.module.SCRIPT):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
-        return script.parse_flags()
-
-    return parse
-
-
-@pytest.fixture
-def start(monkeypatch, capsys, tmp_path, request):
-    """Run the script in this process. Returns the exit status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", [f"{request.module.SCRIPT.__name__}.py", *map(str, words)])
-        try:
-            status = request.module.SCRIPT.main()
-        except SystemExit as error:
-            status = error.code
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        gc.collect()  # an exception keeps the run's lock, as the end of a process would not
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
-
-    return run
-
+SCRIPT = cifar_train  # what `flags` and `start` run
 
 TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --iterations 6 --device cpu".split()
-
-
-def pictures(n, seed=0):
-    """Random images and labels: every bit of them matters and none is learnable."""
-    rng = np.random.default_rng(seed)
-    images = torch.from_numpy(rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8))
-    return images.contiguous(memory_format=torch.channels_last), torch.from_numpy(rng.integers(0, 10, n))
 
 
 # The recipe, against the papers' formulas written out again without nn, autocast, fused or flat anything
@@ -167,28 +100,32 @@ def naive_training(weights, images, labels, rates, batch, micro, recipe, seed):
 
 
 def train_in_float64(args, net, images, labels, monkeypatch):
-    """cifar_train.train on a net in float64, as one process of however many. Returns its losses, result and state."""
-    step, losses = cifar_train.step, []
+    """cifar_train.train on a net in float64, as one process of however many. Returns its losses, errors and state."""
+    step, evaluate, losses, errors = training.step, cifar_train.evaluate, [], []
 
-    def recording_step(net, batches, shared, *more):
-        step(net, batches, shared, *more)
+    def recording_evaluate(*words):
+        errors.append(evaluate(*words))
+        return errors[-1]
+
+    def recording_step(net, objective, batches, shared, *more):
+        step(net, objective, batches, shared, *more)
         losses.append(shared[-2].item())
 
-    monkeypatch.setattr(cifar_train, "step", recording_step)
-    net.double().to(memory_format=torch.channels_last)
-    net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
+    monkeypatch.setattr(training, "step", recording_step)
+    monkeypatch.setattr(cifar_train, "evaluate", recording_evaluate)
+    net.double().register_forward_pre_hook(lambda net, inputs: inputs[0].double())
+    monkeypatch.setattr(cifar_train, "new_net", lambda args: net)
     sets = {"train": (images, labels), "test": (images, labels)}
-    run = types.SimpleNamespace(log=lambda rows: None, save=lambda state: None)
-    device = torch.device("cpu")
-    result = cifar_train.train(args, net, cifar_train.Cifar(args, sets, device), None, run, checkpoint.Stop(), device)
-    return losses, result, net.state_dict()
+    monkeypatch.setattr(cifar_train, "load_sets", lambda args: dict(sets))
+    assert cifar_train.train(args, torch.device("cpu")) == 0
+    return losses, errors, net.state_dict()
 
 
 @pytest.mark.parametrize("recipe", cifar_train.RECIPES)
-def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one, monkeypatch):
+def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one, monkeypatch, tmp_path):
     """Three losses, and on through the warm-up's end and both drops to the same weights."""
     words = "--batch-size 8 --micro-batch 4 --seed 3 --iterations 10".split()
-    args = flags("--recipe", recipe, *words, *(["--warmup", 2] if recipe == "paper" else []))
+    args = flags("--recipe", recipe, *words, *(["--warmup", 2] if recipe == "paper" else []), "--out", tmp_path)
     rates = [0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001]  # drops at 1/2 and 3/4 of 10
     if recipe != "paper":
         rates = [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001, 0.001]  # at 0.4 and 0.605
@@ -197,11 +134,11 @@ def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one,
     net = models.cifar_resnet(20, units.Basic)
     weights = {name: value.detach().double() for name, value in net.named_parameters()}
     expected, naive = naive_training(weights, images, labels, rates, 8, 4, recipe, seed=3)
-    losses, result, state = train_in_float64(args, net, images, labels, monkeypatch)
+    losses, _, state = train_in_float64(args, net, images, labels, monkeypatch)
     for iteration in range(3):
         assert abs(losses[iteration] - expected[iteration]) < 1e-9, iteration
     assert np.allclose(losses, expected, rtol=0, atol=1e-9)
-    assert result["train_loss"] == round(losses[-1], 6)  # the last tenth
+    assert checkpoint.read_result(tmp_path)["train_loss"] == round(losses[-1], 6)  # the last tenth
     for name, value in naive.items():
         torch.testing.assert_close(state[name], value.detach(), rtol=0, atol=1e-9)
 
@@ -233,7 +170,7 @@ def test_weight_decay_and_momentum(flags):
     net = models.cifar_resnet(8, units.BasicExclusiveGating)
     for recipe, decay in (("paper", 0), ("resnet-1k-layers", 1e-4)):
         chosen = cifar_train.RECIPES[recipe]
-        optimizer = cifar_train.sgd(net, 0.1, chosen["nesterov"], chosen["decay_all"])
+        optimizer = training.sgd(net, 0.1, chosen["nesterov"], chosen["decay_all"])
         weights, others = optimizer.param_groups
         assert (weights["weight_decay"], others["weight_decay"]) == (1e-4, decay)
         assert {weights["nesterov"], others["nesterov"]} == {recipe != "paper"}
@@ -243,7 +180,7 @@ def test_weight_decay_and_momentum(flags):
         assert "fc.weight" in decayed and "stages.0.0.gate.weight" in decayed
         assert not any(name.endswith("bias") or ".bn" in name for name in decayed)
         assert len(weights["params"]) + len(others["params"]) == len(names)
-    groups = cifar_train.sgd(net, 0.1, decay_all=flags("--decay-all").decay_all).param_groups
+    groups = training.sgd(net, 0.1, decay_all=flags("--decay-all").decay_all).param_groups
     assert {(group["weight_decay"], group["nesterov"]) for group in groups} == {(1e-4, False)}
 
 
@@ -406,26 +343,15 @@ def test_validation_split_is_the_last_training_images(flags):
 def twenty_steps(path, monkeypatch):
     """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes."""
     images, labels = pictures(51)  # an odd number: two processes evaluate 26 and 25
-    monkeypatch.setattr(sys, "argv", "cifar_train.py --batch-size 16 --micro-batch 4 --iterations 20 --depth 8".split())
+    words = "--batch-size 16 --micro-batch 4 --iterations 20 --depth 8 --warmup 2 --out".split()
+    monkeypatch.setattr(
+        sys, "argv", ["cifar_train.py", *words, str(path.with_name(f"{dist.get_world_size()} processes"))]
+    )
     args = cifar_train.parse_flags()
-    args.warmup = 2
     torch.manual_seed(0)
     net = models.cifar_resnet(8, units.BasicPreAct)
-    losses, result, state = train_in_float64(args, net, images, labels, monkeypatch)
-    torch.save({"net": state, "losses": losses, "errors": [result["test_error"]]}, path)
-
-
-def start_workers(world, *words):
-    """This file as `world` processes, in the variables that torchrun sets."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    workers = []
-    for rank in range(world):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        variables = os.environ | {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        workers.append(subprocess.Popen([sys.executable, *map(str, words)], env=variables, cwd=HERE))
-    return [worker.wait(timeout=120) for worker in workers]
+    losses, errors, state = train_in_float64(args, net, images, labels, monkeypatch)
+    torch.save({"net": state, "losses": losses, "errors": errors}, path)
 
 
 def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
@@ -449,7 +375,8 @@ def test_a_run_and_its_folder(start, tmp_path):
     run = tmp_path / "a" / "run"
     result, config = (json.loads((run / name).read_text()) for name in ("result.json", "config.json"))
     rows = list(csv.DictReader(open(run / "log.csv")))
-    assert list(rows[0]) == ["iteration", "epoch", "lr", "train_loss", "train_error", "test_error", "seconds"]
+    columns = ["iteration", "epoch", "lr", "train_loss", "train_error", "test_error", "waited", "seconds"]
+    assert list(rows[0]) == columns
     assert [row["iteration"] for row in rows] == ["250", "260"] and [row["lr"] for row in rows] == ["0.001", "0.001"]
     assert rows[0]["epoch"] == "50.0"
     assert float(rows[-1]["test_error"]) == result["test_error"]  # the last iterate's, whatever came before
@@ -459,7 +386,7 @@ def test_a_run_and_its_folder(start, tmp_path):
     assert result["dataset"] == "synthetic" and result["depth"] == 8 and result["iterations"] == 260
     assert result["precision"] == "float32" and result["seed"] == 1 and result["diverged"] is False
     assert result["seconds"] > 0 and result["peak_memory"] > 1e8 and result["train_loss"] > 0
-    assert config["warmup"] == 16 and config["micro_batch"] == 4 and config["preact"] is True
+    assert config["warmup"] == 16 and config["micro_batch"] == 4 and config["about"]["size"] == 32
     environment = {"commit", "modified", "torch", "device", "tf32", "threads", "processes", "command"}
     assert environment <= config["environment"].keys() and config["environment"]["processes"] == 1
     last = (
@@ -490,7 +417,7 @@ def test_a_run_and_its_folder(start, tmp_path):
     net = models.cifar_resnet(config["depth"], units.UNITS[config["unit"]], **config["unit_args"])
     net.load_state_dict(state["model"])
     images, labels = data.load_cifar("synthetic", None, 40)[2:]
-    predicted = net.eval()((images - state["mean"]) / state["std"]).argmax(dim=1)
+    predicted = net.eval()((images - state["about"]["mean"]) / state["about"]["std"]).argmax(dim=1)
     assert 100 * (predicted != labels).double().mean() == result["test_error"]
 
 
@@ -533,7 +460,7 @@ def test_graphed_steps_equal_plain_ones(start, monkeypatch, precision):
     words = [*TINY, "--device", "cuda", "--depth", 20, "--iterations", 20, "--warmup", 3, "--precision", precision]
     status, printed = start(*words, "--out", "graphed")
     assert status == 0 and "without a CUDA graph" not in printed
-    monkeypatch.setattr(cifar_train, "graphed", lambda iterate, *more: iterate)
+    monkeypatch.setattr(training, "graphed", lambda iterate, *more: iterate)
     assert start(*words, "--out", "plain")[0] == 0
     graphed, plain = (checkpoint.load(out) for out in ("graphed", "plain"))
     assert all(torch.equal(value, plain["model"][name]) for name, value in graphed["model"].items())
@@ -610,7 +537,7 @@ BAD = [
     ("--dataset mnist", "--dataset", "cifar100"),
     ("--dept 20", "--dept", ""),
     ("--dataset synthetic --images 10 --val-split 10", "--val-split 10 leaves nothing", ""),
-    ("--evaluate nowhere", "nowhere/config.json", ""),
+    ("--evaluate nowhere", "there is no run in nowhere", ""),
 ]
 
 
@@ -644,7 +571,7 @@ def test_a_folder_that_another_program_writes(start, tmp_path):
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, printed = start(*TINY, "--out", "run")
-    assert status == 2 and "another program is writing run" in printed
+    assert status == 3 and "another program is writing run" in printed
     assert os.listdir("run") == [".lock"]
 
 
@@ -878,7 +805,7 @@ def test_smoke_of_two_rows():
 
 
 def test_readme_prints_the_step_verbatim():
-    source = (HERE / "cifar_train.py").read_text()
+    source = (HERE / "training.py").read_text()
     node = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "step")
     step = ast.get_source_segment(source, node)
     assert f"```python\n{step}\n```" in (HERE / "README.md").read_text()

@@ -1,0 +1,495 @@
+"""What every experiment shares: the step of SGD, precision, the CUDA graph, and a training's state, rows and result.
+
+An experiment owns its images, its learning rate, its evaluation and its loop, of which this is the pattern:
+
+    with Training(...) as training:
+        while True:
+            t = training.iteration  # iterations done so far
+            if training.row_due(t in rows_at):
+                training.row(lr_at(t - 1), errors(t))
+            if t == iterations:
+                break
+            training.save_if_due()
+            training.iterate(lr_at(t), draws(t))
+"""
+
+import contextlib
+import math
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+from warnings import warn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import checkpoint
+from units import UNITS, arguments
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # [1] Sections 3.4 and 4.2
+PRECISIONS = ("float32", "tf32", "bf16", "fp16")
+
+
+def step(net, objective, micro_batches, shared, running, optimizer, scaler, precision):
+    """One iteration of SGD. Leaves the mean loss and error of the mini-batch in shared[-2:]."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    shared.zero_()  # gradients | running statistics | loss, error
+    before = running.clone()
+    for batch in micro_batches:
+        running.copy_(before)  # every micro-batch starts from the same statistics, as every GPU of the papers did
+        with precision:
+            loss, error = objective(net, *batch)
+        gradients = torch.autograd.grad(scaler.scale(loss), weights)
+        torch._foreach_add_([p.grad for p in weights], gradients)  # each .grad is a part of `shared`
+        shared[-len(running) - 2 :] += torch.cat([running, torch.stack([loss.detach(), error])])
+    dist.all_reduce(shared)
+    shared /= len(micro_batches) * dist.get_world_size()
+    running.copy_(shared[-len(running) - 2 : -2])
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def classification(net, images, labels):
+    """The objective of a net that classifies: cross-entropy, and the error (0 ... 1)."""
+    logits = net(images)
+    return cross_entropy(logits, labels), (logits.argmax(dim=1) != labels).float().mean()
+
+
+def flatten(net):
+    """Lay out flat a net's gradients and the running statistics of its BN layers, so that one operation reaches all.
+
+    Returns `shared`, of gradients + statistics + 2 elements, whose head every trained parameter's `.grad` is a view of
+    from now on (with the parameter's strides: fused SGD on a CPU is silently wrong where they differ), and `running`,
+    whose views the statistics are. A step averages statistics, loss and error in the rest of `shared`.
+    """
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var)]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    running = torch.cat([s.flatten() for s in statistics]) if statistics else trained[0].new_zeros(0).detach()
+    shared = running.new_zeros(sum(p.numel() for p in trained) + running.numel() + 2)
+    offset = 0
+    for p in trained:
+        p.grad = shared.as_strided(p.shape, p.stride(), offset)
+        offset += p.numel()
+    # .data: with a version counter of its own, or backward of a compiled unit would refuse the updates of other BNs
+    views = iter(part.data for part in running.split([s.numel() for s in statistics]))
+    for layer in layers:
+        layer.running_mean, layer.running_var = next(views), next(views)
+    return shared, running
+
+
+def sgd(net, lr, nesterov=False, decay_all=False):
+    """The papers' SGD, in which the weights of convolutions and fc alone decay; with decay_all BN and biases too.
+    A parameter that does not require a gradient is left alone."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if decay_all else 0}]
+    lr = torch.tensor(lr, dtype=weights[0].dtype, device=weights[0].device)
+    optimizer = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=nesterov, fused=True)
+    for p in trained:
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a CUDA graph needs it from the start
+    return optimizer
+
+
+class Precision:
+    """A context in which a net computes in "float32", "tf32", "bf16" or "fp16"; it may be entered again and again.
+    TF32 stays as it was set when the context is left, so that backward passes have it too."""
+
+    def __init__(self, name, device):
+        needs = {"float32": (0, 0), "tf32": (8, 0), "bf16": (8, 0), "fp16": (7, 0)}[name]
+        if device.type == "cpu" and name != "float32":
+            warn(f"--precision {name}: on most CPUs float32 itself (tf32) or slower (bf16, fp16)", stacklevel=3)
+        elif device.type == "cuda" and torch.cuda.get_device_capability(device) < needs:
+            warn(f"--precision {name}: this GPU has no units for it, so it is no faster than float32", stacklevel=3)
+        self.tf32, dtype = name == "tf32", torch.float16 if name == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, dtype, enabled=name in ("bf16", "fp16"))
+
+    def __enter__(self):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        self.autocast.__enter__()
+
+    def __exit__(self, *error):
+        self.autocast.__exit__(*error)
+
+
+def compile_units(net):
+    """Compile a net's units in place, each by itself: units of one class and shape share a graph, so that there are as
+    few at depth 1001 as at 20. Raises ValueError where torch.compile does not work, such as without a C++ compiler."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it units would run uncompiled without a word
+    try:
+        torch.compile(torch.exp)(torch.zeros(1, device=net.fc.weight.device))
+    except Exception as error:  # compilers raise errors of many kinds
+        raise ValueError(f"torch.compile does not work here: {str(error).partition(chr(10))[0]}") from None
+    for stage in net.stages:
+        for unit in stage:
+            unit.compile(dynamic=False)
+
+
+def graphed(iterate, draws, state, reason=None):
+    """Captures one iteration as a CUDA graph: launching 2,000 kernels one by one takes longer than running them.
+
+    iterate: a function of draws, a list of tensors of constant shapes. state: the tensors that it changes; the warm-up
+    before a capture changes them too, so they are put back. With a reason why there can be no graph, or where the
+    capture fails, it says so and returns `iterate` itself. That a capture is legal no GPU has confirmed yet.
+    """
+    static = [t.to(state[0].device, copy=True) for t in draws]
+    before, side, graph = [t.detach().clone() for t in state], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(0 if reason else 3):
+                iterate(static)
+        torch.cuda.synchronize()
+        if not reason:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
+                iterate(static)
+    except RuntimeError as error:
+        reason = str(error.__context__ or error)  # what broke the capture, rather than that it broke
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        torch._foreach_copy_(state, before)
+    if reason:
+        print_line(f"each kernel is launched by itself, without a CUDA graph: {reason}")
+        return iterate
+    ends = [torch.cuda.Event(), torch.cuda.Event()]  # of the iteration before the last, and of the last
+
+    def replay(draws):
+        ends[0].synchronize()  # the host is two iterations ahead at most, so that a stop does not wait for more
+        for buffer, t in zip(static, draws, strict=True):
+            buffer.copy_(t, non_blocking=True)
+        graph.replay()
+        ends[0].record()
+        ends.reverse()
+
+    return replay
+
+
+def mix(*numbers):
+    """One seed for torch out of several non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def own_micro_batches(args):
+    """Which of an iteration's micro-batches are this process's, as a slice."""
+    count, rank, world = args.batch_size // args.micro_batch, dist.get_rank(), dist.get_world_size()
+    return slice(rank * count // world, (rank + 1) * count // world)
+
+
+def peak_memory(device):
+    """Bytes: the most that was in use on the GPU, or on a CPU the most that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux
+
+
+def print_line(line):
+    """Print a line above the progress bar, if this is process 0. That nobody reads it (| head) ends no run."""
+    if dist.get_rank() > 0:
+        return
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        sys.stdout = open(os.devnull, "w")
+
+
+class Diverged(Exception):
+    """A loss, a weight, a running statistic or a momentum is not finite."""
+
+
+class Training:
+    """The state of a training: the net, its optimizer, sums, rows and clock. Resumes from the run's last checkpoint.
+
+    As a context, it ends well when the training diverges, which is a result. When the run is asked to stop or images
+    cannot be read, both between two iterations, it saves the state. Anything else saves nothing: an error within an
+    iteration leaves statistics and momentum half changed.
+
+    run: a checkpoint.Run. objective: see `step`. micro_batches: a function from an iteration's draws, a list of
+    tensors, to this process's micro-batches. iterations: how many there will be. images: how many to train on.
+    columns: {name of an error in log.csv: its name in a sentence}. about: the classes' names, mean, std and size.
+    """
+
+    def __init__(self, args, run, net, objective, micro_batches, iterations, images, columns, about, device, **options):
+        self.args, self.run, self.net, self.device = args, run, net, device
+        self.iterations, self.images, self.columns, self.about = iterations, images, columns, about
+        self.shared, self.running = flatten(net)
+        self.optimizer = sgd(net, args.lr, **options)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        precision = Precision(args.precision, device)
+
+        def compute(draws):
+            batches = micro_batches(draws)
+            step(net, objective, batches, self.shared, self.running, self.optimizer, self.scaler, precision)
+
+        self.compute, self.precision, self.is_graph = compute, precision, device.type != "cuda"
+        # not torch.manual_seed, which seeds every kind of device and takes the host a hundred times as long
+        self.generator = torch.default_generator
+        if device.type == "cuda":
+            self.generator = torch.cuda.default_generators[device.index]
+        self.tail = math.ceil(iterations / 10)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row; loss of the tail
+        self.iteration, self.rows, self.waited, seconds, self.diverged = 0, [], 0.0, 0.0, False
+        with checkpoint.all_or_none(args.out):
+            state = run.load()
+            if state:
+                net.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["lr"].to(device)  # load_state_dict leaves it where it was read
+                self.scaler.load_state_dict(state["scaler"])
+                self.sums.copy_(state["sums"])
+                self.iteration, self.rows, seconds = state["iteration"], state["rows"], state["seconds"]
+                self.waited = state.get("waited", 0.0)
+        checkpoint.agree(args.out, self.iteration)
+        self.began = time.monotonic() - seconds  # so that the clock counts all sittings
+        self.saved = time.monotonic()
+
+    def __enter__(self):
+        if self.rows:
+            self.run.log(self.rows)  # once more: the disk may have been full
+        self.net.train()
+        self.bar = tqdm(
+            total=self.iterations, initial=self.iteration, unit="it", disable=True if dist.get_rank() else None
+        )
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.compute = None  # with a living CUDA graph the group of processes could not be left
+        self.diverged = kind is Diverged
+        if isinstance(error, (checkpoint.Stopped, SystemExit)) and self.finite() and self.save():
+            if self.run.mine:
+                checkpoint.print_error(f"saved in {self.args.out}; the same command continues it")
+        return self.diverged
+
+    def changing(self):
+        """The tensors that an iteration changes, but for `shared` and `sums`."""
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return [*self.net.parameters(), self.running, *momenta]
+
+    def finite(self):
+        return bool(torch.stack([t.isfinite().all() for t in (self.sums, *self.changing())]).all())
+
+    def raise_if_diverged(self):
+        if not self.finite():
+            raise Diverged
+
+    def save(self):
+        """Write a checkpoint. Returns whether that was possible."""
+        state = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "about": self.about}
+        state |= {"scaler": self.scaler.state_dict(), "sums": self.sums, "iteration": self.iteration}
+        state |= {"rows": self.rows, "waited": self.waited, "seconds": time.monotonic() - self.began}
+        return self.run.save(state)
+
+    def save_if_due(self):
+        """Save after every --checkpoint-seconds. Raises Stopped when the run has been asked to stop, and Diverged."""
+        if checkpoint.stop.check(time.monotonic() - self.saved >= self.args.checkpoint_seconds):
+            self.raise_if_diverged()
+            self.save()
+            self.saved = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """A context for what waits for images."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def iterate(self, lr, draws):
+        """One iteration at a learning rate, on what `draws`, a list of tensors, says."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(lr)
+        self.generator.manual_seed(mix(self.args.seed, self.iteration, dist.get_rank()))  # for dropout
+        if not self.is_graph:
+            reason = "fp16" if self.args.precision == "fp16" else "dropout" if "dropout" in self.args.unit else None
+            self.compute, self.is_graph = graphed(self.compute, draws, self.changing(), reason), True
+        self.compute(draws)
+        self.sums[:2] += self.shared[-2:]
+        if self.iteration >= self.iterations - self.tail:
+            self.sums[2] += self.shared[-2]
+        self.iteration += 1
+        self.bar.update()
+
+    def last_row(self):
+        return self.rows[-1]["iteration"] if self.rows else 0
+
+    def row_due(self, due):
+        """Whether a row that is due after this iteration has still to be written. Raises Diverged."""
+        due = due and self.iteration > self.last_row()
+        if due:
+            self.raise_if_diverged()
+        return due
+
+    def row(self, lr, errors):
+        """Add a row to the log: the means since the row before, and {column: error in %} of those evaluated now."""
+        loss, error = (self.sums[:2] / (self.iteration - self.last_row())).tolist()
+        epoch = round(self.iteration * self.args.batch_size / self.images, 3)
+        row = {"iteration": self.iteration, "epoch": epoch, "lr": lr, "train_loss": round(loss, 6)}
+        row |= {"train_error": round(100 * error, 4)} | dict.fromkeys(self.columns) | errors
+        self.rows.append(row | {"waited": round(self.waited, 1), "seconds": round(time.monotonic() - self.began, 1)})
+        self.sums[:2] = 0
+        self.run.log(self.rows)
+        place = f"iteration {self.iteration:,} of {self.iterations:,}, epoch {epoch:.1f}"
+        errors = "  ".join(f"{self.columns[name]} {error:.2f} %" for name, error in errors.items())
+        print_line(f"{place}  lr {lr:g}  training loss {loss:.4f}  {errors}  {self.rows[-1]['seconds']:,.0f} s")
+
+    def result(self, *flags):
+        """Save the last state. Returns the run's result, which names these flags beside those that every run has."""
+        if not self.diverged:
+            self.save()
+        names = "dataset depth unit unit_args seed batch_size micro_batch precision".split()
+        return {
+            **{name: getattr(self.args, name) for name in [*names, *flags]},
+            "iterations": self.iterations,
+            "parameters": sum(p.numel() for p in self.net.parameters()),
+            **{name: None if self.diverged else self.rows[-1][name] for name in self.columns},
+            "train_loss": None if self.diverged else round(self.sums[2].item() / self.tail, 6),
+            "waited": round(self.waited, 1),
+            "seconds": round(time.monotonic() - self.began, 1),
+            "peak_memory": peak_memory(self.device),
+            "diverged": self.diverged,
+        }
+
+
+def finish(run, result, columns, paper=""):
+    """Write result.json, if the run has none yet, and say how it ended. Returns the exit status."""
+    status = run.status if run.result else run.finish(result)
+    if run.mine and (run.folder / "result.json").exists():
+        errors = [] if result["diverged"] else [f"{name} {result[key]:.2f} %" for key, name in columns.items()]
+        files = f"its files are in {run.folder} (its curve: python report.py {shlex.quote(str(run.folder))})"
+        how = "already finished" if run.result else "finished"
+        print_line(f"{how}: {', '.join(errors) or 'diverged'}{paper}; {files}")
+    return status
+
+
+def start(work, args):
+    """Do work(args, device) as one of however many processes. Returns the exit status."""
+    checkpoint.stop.listen()
+    try:
+        try:
+            device = checkpoint.start_processes(args.device, args.timeout)
+        except ValueError as error:
+            checkpoint.fail(error)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        return work(args, device)
+    except checkpoint.Stopped as stopped:
+        if dist.get_rank() == 0:
+            checkpoint.print_error(f"{stopped}: stopped; what has been saved stays")
+        return stopped.status
+    except (RuntimeError, MemoryError) as error:
+        return status_of(error)
+    finally:
+        checkpoint.end_processes()
+
+
+def status_of(error):
+    """The exit status after an error that is no fault of this code, with a message; raises any other again."""
+    text = str(error) or type(error).__name__
+    if checkpoint.is_lost(error):
+        checkpoint.print_error(f"process {dist.get_rank()} lost another one, which died or does not answer: {text}")
+        os._exit(1)  # at once: leaving the group would wait for that process
+    if checkpoint.stop.asked and isinstance(error, torch._dynamo.exc.TorchDynamoException):  # Ctrl-C hit its compiler
+        checkpoint.print_error(f"{signal.Signals(checkpoint.stop.asked).name}: what was saved before stays")
+        return 128 + checkpoint.stop.asked
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "bad_alloc" in text:
+        checkpoint.print_error(f"out of memory: {text}. A smaller --micro-batch or --batch-size needs less")
+        return 2
+    raise error
+
+
+# Flags that the experiments share, and their checks
+
+
+def add_unit_flags(parser, depths, bottlenecks):
+    """Add to an argparse group the flags that name a net; depths and bottlenecks are for the help."""
+    parser.add_argument(
+        "--depth", type=int, default=depths[0], help=f"weight layers: {depths[1]} (default {depths[0]})"
+    )
+    parser.add_argument(
+        "--preact", action="store_true", help="full pre-activation, [2] Fig. 4(e) (default: the original unit)"
+    )
+    parser.add_argument("--unit", metavar="NAME", help=f"a unit of units.py (default {bottlenecks})")
+    parser.add_argument(
+        "--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable"
+    )
+
+
+def add_run_flags(parser, checkpoint_seconds):
+    """Add to an argparse group the flags of the machine and the run."""
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
+    add("--precision", choices=PRECISIONS, default="float32", help="(default float32)")
+    add("--compile", action="store_true", help="compile the units: a minute or two first, then faster steps on a GPU")
+    add("--out", metavar="DIR", help="the run's folder (default runs/<dataset>-<depth>-<unit>-seed<seed>)")
+    add(
+        "--checkpoint-seconds",
+        type=float,
+        default=checkpoint_seconds,
+        metavar="S",
+        help=f"what a kill may cost; 0: one iteration (default {checkpoint_seconds})",
+    )
+    add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
+
+
+def refuse_all_but(names):
+    """Raises ValueError when the command line has other flags than these: with --evaluate the run's folder decides."""
+    given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    wrong = [flag for flag in given if flag not in names.split()]
+    if wrong:
+        raise ValueError(f"--evaluate goes without {', '.join(wrong)}: the run's own config.json decides")
+
+
+def resolve_unit(args, bottlenecks, **defaults):
+    """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
+    Raises ValueError on a contradiction."""
+    if args.unit is None:
+        args.unit = ("bottleneck" if args.depth in bottlenecks else "basic") + ("-preact" if args.preact else "")
+    if args.unit not in UNITS:
+        raise ValueError(f"there is no --unit {args.unit}: choose from {', '.join(UNITS)}")
+    preact = UNITS[args.unit].preact == "bn-relu"
+    if args.preact and not preact:
+        raise ValueError(f"--preact contradicts --unit {args.unit}, which is not a full pre-activation unit")
+    args.preact = preact
+    args.unit_args = arguments(UNITS[args.unit])
+    args.unit_args |= {name: value for name, value in defaults.items() if name in args.unit_args}
+    for word in args.unit_arg:
+        name, _, value = word.partition("=")
+        if name not in args.unit_args:
+            raise ValueError(f"--unit-arg {word}: {args.unit} takes {', '.join(args.unit_args) or 'no arguments'}")
+        kind = type(args.unit_args[name])
+        try:
+            args.unit_args[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+            possible = isinstance(args.unit_args[name], str) or math.isfinite(args.unit_args[name])
+        except (ValueError, KeyError):
+            possible = False
+        if not possible:
+            raise ValueError(f"--unit-arg {word}: {name} is {'true or false' if kind is bool else 'a number'}")
+    del args.unit_arg
+
+
+def at_least(args, **minima):
+    """Raises ValueError when a flag is below its minimum."""
+    for name, least in minima.items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def check_recipe(args):
+    """Raises ValueError when a number of the recipe is impossible, or the batch cannot be divided as the flags say."""
+    at_least(args, batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
+    if not 0 < args.lr <= torch.finfo(torch.float32).max:
+        raise ValueError(f"--lr must be a positive float32, not {args.lr}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {args.seed}")
+    if args.batch_size % args.micro_batch:
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
+    count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE") or 1)
+    if world < 1 or count % world:
+        raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")

@@ -11,13 +11,16 @@
 What is compared runs in turn, A, B, A, B, ...: a ratio is the median (and the quartiles) of the ratios of pairs.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import contextlib
 import functools
 import importlib
 import json
 import multiprocessing
-import os
 import pathlib
 import runpy
 import sys

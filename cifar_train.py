@@ -9,6 +9,10 @@
 The same command again continues a run that was stopped.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import sys
 
@@ -32,6 +36,7 @@ from training import (
     print_line,
     refuse_all_but,
     resolve_unit,
+    rows_at,
     start,
 )
 from units import UNITS
@@ -98,7 +103,7 @@ def train(args, device):
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
     scale = None if args.recipe == "paper" else std  # which is 1 there
     watched = "val" if "val" in sets else "test"  # evaluated at every row; the other one at the end alone
-    every = max(250, args.iterations // 32)
+    rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, len(sets[watched][0]))
 
     def draws(t):
         return [data.batch_draws(args.seed, t, args.batch_size, len(images), device)]
@@ -108,7 +113,7 @@ def train(args, device):
         return [(data.augment(crops, mean_crops, scale, part), labels[part[0]]) for part in parts]
 
     def errors(t):
-        names = [name for name in sets if name == watched or t == args.iterations]
+        names = [name for name in sets if t in evaluations and name == watched or t == args.iterations]
         return {f"{name}_error": evaluate(net, *sets[name], mean, std, training.precision) for name in names}
 
     training = Training(
@@ -128,7 +133,7 @@ def train(args, device):
     with training:
         while True:
             t = training.iteration
-            if training.row_due(t % every == 0 or t == args.iterations):
+            if training.row_due(t in rows):
                 training.row(lr_at(t - 1, args), errors(t))
             if t == args.iterations:
                 break

@@ -14,14 +14,14 @@ os.environ |= {
     "GOMP_SPINCOUNT": "20000",
 }  # before torch is imported, here and in forked processes
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
 
-import checkpoint  # noqa: E402
-import cifar_train  # noqa: E402, F401 (for the processes that are forked)
-import imagenet_train  # noqa: E402, F401
+import checkpoint
+import cifar_train  # noqa: F401 (for the processes that are forked)
+import imagenet_train  # noqa: F401
 
 HERE = pathlib.Path(__file__).parent
 SHARED = HERE.parent / "shared"

@@ -10,12 +10,15 @@
 The same command again continues a run that was stopped.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import contextlib
 import csv
 import functools
 import math
-import os
 import pathlib
 import sys
 import time
@@ -41,6 +44,7 @@ from training import (
     print_line,
     refuse_all_but,
     resolve_unit,
+    rows_at,
     start,
 )
 from units import UNITS
@@ -179,17 +183,17 @@ def train(args, device):
     def test(protocol):
         return evaluate([(net, precision)], val, protocol, args.crop, args.micro_batch, args.workers, device)
 
-    result = run.result or train_net(args, run, net, images, iterations, columns, about, test, device)
+    result = run.result or train_net(args, run, net, images, len(val), iterations, columns, about, test, device)
     if protocols and not result["diverged"]:
         about = {"runs": [args.out], "iterations": [iterations], "recompute_bn": 0, "precision": args.precision}
         write_errors(args.out, protocols, test, len(val), about, run.write, functools.partial(papers_errors, args))
     return finish(run, result, columns, "" if result["diverged"] else papers_errors(args, "1-crop"))
 
 
-def train_net(args, run, net, images, iterations, columns, about, test, device):
-    """The training itself, on `images`. test: a function from a protocol to the net's errors. Returns the result."""
-    ends = (round(epoch * len(images) / args.batch_size) for epoch in range(1, args.epochs + 1))
-    rows_at = {max(1, end) for end in ends}
+def train_net(args, run, net, images, evaluated, iterations, columns, about, test, device):
+    """The training itself, on `images`. evaluated: how many images test(protocol), which gives the net's errors,
+    evaluates. Returns the result."""
+    rows, evaluations = rows_at(iterations, iterations * args.batch_size, evaluated)
     count = args.batch_size // args.micro_batch
     own = range(count)[own_micro_batches(args)]
 
@@ -208,11 +212,14 @@ def train_net(args, run, net, images, iterations, columns, about, test, device):
         with training.waiting(), checkpoint.all_or_none():
             return [t for _ in own for t in next(stream)]
 
+    def errors(t):
+        return {f"val_{top}": error for top, error in test("1-crop").items()} if t in evaluations else {}
+
     with contextlib.closing(stream), training:
         while True:
             t = training.iteration
-            if training.row_due(t in rows_at):
-                training.row(lr_at(t - 1, iterations, args.lr), {f"val_{top}": e for top, e in test("1-crop").items()})
+            if training.row_due(t in rows):
+                training.row(lr_at(t - 1, iterations, args.lr), errors(t))
             if t == iterations:
                 break
             training.save_if_due()

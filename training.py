@@ -200,6 +200,27 @@ def print_line(line):
         sys.stdout = open(os.devnull, "w")
 
 
+def duration(seconds):
+    """A time as one says it: "40 s", "12 min", "5 h", "2.1 days"."""
+    for unit, size, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def rows_at(iterations, trained, evaluated):
+    """After which iterations a run gets a row in its log, some 32 of them, and which of these have errors of a set that
+    is evaluated, as two sets. An evaluated image costs a third of a trained one; all evaluations together cost at most
+    a tenth of the training, though the last row always has one.
+
+    trained: images in all iterations. evaluated: images in one evaluation.
+    """
+    every = math.ceil(iterations / 32)
+    rows = [*range(every, iterations, every), iterations]
+    most = max(1, int(0.1 * 3 * trained / evaluated))
+    return {*rows}, {*rows[:: -math.ceil(len(rows) / most)]}
+
+
 class Diverged(Exception):
     """A loss, a weight, a running statistic or a momentum is not finite."""
 
@@ -255,9 +276,11 @@ class Training:
         if self.rows:
             self.run.log(self.rows)  # once more: the disk may have been full
         self.net.train()
-        self.bar = tqdm(
-            total=self.iterations, initial=self.iteration, unit="it", disable=True if dist.get_rank() else None
-        )
+        self.introduce()
+        rest = {"total": self.iterations, "initial": self.iteration, "disable": True if dist.get_rank() else None}
+        self.bar = tqdm(unit="it", **rest)
+        self.seen = self.iteration, self.waited, time.monotonic()  # at the last progress line
+        self.measured, self.warned = False, False
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -268,6 +291,57 @@ class Training:
             if self.run.mine:
                 checkpoint.print_error(f"saved in {self.args.out}; the same command continues it")
         return self.diverged
+
+    def introduce(self):
+        """Print what is trained, on what and where, and warn of what seldom trains well."""
+        args, count = self.args, sum(p.numel() for p in self.net.parameters())
+        print_line(
+            f"ResNet-{args.depth} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training images "
+            f"of {len(self.about['classes'])} classes; {args.batch_size} images a step in {args.precision} on "
+            f"{self.device.type}; processes: {dist.get_world_size()}, threads: {torch.get_num_threads()}; in {args.out}"
+            + (f", continuing at iteration {self.iteration:,} of {self.iterations:,}" if self.iteration else "")
+        )
+        if self.images < 10 * args.batch_size:
+            print_line(
+                f"warning: an epoch is {max(1, round(self.images / args.batch_size))} iterations of {args.batch_size} "
+                "images. So few steps train badly: choose a smaller --batch-size, and a smaller --lr with it"
+            )
+        if args.micro_batch < 16:
+            print_line(
+                f"warning: BN's statistics are of {args.micro_batch} images, so they are noisy: choose a --micro-batch "
+                "of 16 or more if you can (it must divide --batch-size)"
+            )
+
+    def means(self):
+        """The mean training loss and error (0 ... 1) since the last row."""
+        return (self.sums[:2] / max(1, self.iteration - self.last_row())).tolist()
+
+    def print_progress(self, *more, means):
+        loss, error = f"training loss {means[0]:.4f}", f"training error {100 * means[1]:.1f} %"
+        print_line(", ".join([f"iteration {self.iteration:,} of {self.iterations:,}", loss, error, *more]))
+        self.seen = self.iteration, self.waited, time.monotonic()
+
+    def progress(self):
+        """When no line has been printed for a minute (at the start: 10 s), print one; on a terminal a bar shows the
+        progress instead. Warn, once, when more than 30 % of that time was spent waiting for images."""
+        iteration, waited, since = self.seen
+        elapsed = time.monotonic() - since
+        if elapsed < (60 if self.measured and self.bar.disable else 10):
+            return
+        rate, share, means = (self.iteration - iteration) / elapsed, (self.waited - waited) / elapsed, self.means()
+        left = (self.iterations - self.iteration) / rate
+        images, self.seen = rate * self.args.batch_size, (self.iteration, self.waited, time.monotonic())
+        self.bar.set_postfix_str(f"loss {means[0]:.3f}, error {100 * means[1]:.1f} %")
+        if self.bar.disable or not self.measured and left > 3600:
+            waits = f"{share:.0%} of the time waiting for images"
+            self.print_progress(f"{images:,.0f} images/s", waits, f"about {duration(left)} left", means=means)
+        if share > 0.3 and self.measured and not self.warned:
+            self.warned = True
+            print_line(
+                f"input-bound: {share:.0%} of the time is spent waiting for images. The loader delivers {images:,.0f} "
+                f"images/s, the net could take {images / (1 - share):,.0f} (--workers is {self.args.workers})"
+            )
+        self.measured = True
 
     def changing(self):
         """The tensors that an iteration changes, but for `shared` and `sums`."""
@@ -316,6 +390,7 @@ class Training:
             self.sums[2] += self.shared[-2]
         self.iteration += 1
         self.bar.update()
+        self.progress()
 
     def last_row(self):
         return self.rows[-1]["iteration"] if self.rows else 0
@@ -329,16 +404,17 @@ class Training:
 
     def row(self, lr, errors):
         """Add a row to the log: the means since the row before, and {column: error in %} of those evaluated now."""
-        loss, error = (self.sums[:2] / (self.iteration - self.last_row())).tolist()
+        loss, error = means = self.means()
         epoch = round(self.iteration * self.args.batch_size / self.images, 3)
         row = {"iteration": self.iteration, "epoch": epoch, "lr": lr, "train_loss": round(loss, 6)}
         row |= {"train_error": round(100 * error, 4)} | dict.fromkeys(self.columns) | errors
         self.rows.append(row | {"waited": round(self.waited, 1), "seconds": round(time.monotonic() - self.began, 1)})
         self.sums[:2] = 0
         self.run.log(self.rows)
-        place = f"iteration {self.iteration:,} of {self.iterations:,}, epoch {epoch:.1f}"
-        errors = "  ".join(f"{self.columns[name]} {error:.2f} %" for name, error in errors.items())
-        print_line(f"{place}  lr {lr:g}  training loss {loss:.4f}  {errors}  {self.rows[-1]['seconds']:,.0f} s")
+        shown = [f"{self.columns[name]} {error:.2f} %" for name, error in errors.items()]
+        self.print_progress(
+            f"epoch {epoch:.1f}", f"lr {lr:g}", *shown, f"{self.rows[-1]['seconds']:,.0f} s", means=means
+        )
 
     def result(self, *flags):
         """Save the last state. Returns the run's result, which names these flags beside those that every run has."""

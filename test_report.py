@@ -17,7 +17,7 @@ import data
 import models
 import report
 import units
-from test_training import listed
+from test_run_all import listed
 
 HERE = pathlib.Path(__file__).parent
 SAVE = report.save

@@ -1,10 +1,13 @@
 """The derivation of [2] Sections 2 and 3 made visible: signal and gradient through depth, without data or training.
+And [1] Fig. 7: how strongly the layers of a trained net respond.
 
-    python propagation.py                # ResNet-110, under a minute: results/propagation.md, .csv, .svg and .png
-    python propagation.py --depth 20     # results/propagation-20.md, ...
+    python propagation.py                          # ResNet-110, in a minute: results/propagation.md, .csv, .svg, .png
+    python propagation.py --depth 20               # results/propagation-20.md, ...
+    python propagation.py --responses RUN ...      # responses.csv in the folder of each run of cifar_train.py
 
-Eqs (7) and (8): where units multiply their shortcuts by lambdas and nothing follows the addition, d loss / d x_l is
-d loss / d x_L times the product of the lambdas between, which came on the shortcuts alone, plus what came through F's.
+Eqs (7) and (8): where every unit multiplies its shortcut by a lambda and nothing follows the addition, d loss / d x_l
+is the sum of two parts: d loss / d x_L times the product of the lambdas in between, which came on the shortcuts alone,
+and what came through the F's.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
+import checkpoint
+import data
 import units
 from models import cifar_resnet
 
@@ -26,7 +31,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 class ScaledPreAct(units.BasicPreAct):
-    """Eq. (6) to the letter, which no panel draws: x' = 0.5 x + F(x), with nothing after the addition."""
+    """Eq. (6) to the letter, which no figure shows: x' = 0.5 x + F(x), with nothing after the addition."""
 
     def forward(self, x):
         a = relu(self.bn1(x))
@@ -34,7 +39,7 @@ class ScaledPreAct(units.BasicPreAct):
         return 0.5 * h + self.residual(a)
 
 
-# Unit, arguments, lambda: of a gate 1 - sigmoid(b_g), of dropout the expectation; a convolution has none.
+# Unit, arguments, lambda: 1 - sigmoid(b_g) for a gate, the expected value for dropout; a convolution has none.
 NETS = {
     "original, Fig. 2(a)": (units.Basic, {}, 1),
     "eq. (6): 0.5 on (e)'s shortcut": (ScaledPreAct, {}, 0.5),
@@ -55,68 +60,75 @@ NETS = {
 
 PAGE = """# Signal and gradient through depth: [2] Sections 2 and 3
 
-Written by `python propagation.py --depth {depth}`: a new net of each unit, 16 images of noise.
+Written by `python propagation.py --depth {depth}`: an untrained net of each unit, given 16 images of noise.
 
 ![signal and gradient through depth]({picture})
 
-What one should see, the gradient coming from the right, as a multiple of what it is after the last unit:
+What to look for. The gradient flows from right to left and is shown as a multiple of its norm after the last unit.
 
-- **On the shortcuts alone (top).** With an identity and nothing after the addition, (c) to (e) of Fig. 4, all of it
-  arrives; only the two units that change the shape change it. With 0.5 on (e)'s shortcut each unit halves it: eq. (8).
-- Fig. 2(b) is drawn with a ReLU after the addition, which stops the gradient wherever the sum is negative: it falls by
-  more than a half, and at a cross nothing is left. (The original's ReLU stops little: its shortcut is positive and
-  grows.) Gates at b_g = 0, dropout, 1x1 convolutions and BN on the way lose it too. Gates are taken as numbers here,
-  as in eq. (8); through their own W_g some more arrives.
-- **All of it (middle)** does not vanish: the F's bring the rest. But where the shortcuts bring little it goes the way
-  of the plain net's, which grows exponentially from unit to unit. With identities it grows far less, and most of that
-  in a stage's first units.
-- **The signal (bottom)** is with identities a sum of all F's before and grows; a shortcut that forgets keeps it level.
+- **On the shortcuts alone (top).** Where the shortcut is an identity and nothing follows the addition, (c) to (e) of
+  Fig. 4, all of the gradient arrives; only the two units that change the shape change it. With 0.5 on (e)'s shortcut
+  every unit halves it, as eq. (8) says.
+- Fig. 2(b) has a ReLU after the addition, which blocks the gradient wherever the sum is negative: every unit takes more
+  than half of it, and at a cross nothing is left. (The ReLU of the original unit blocks little, as its shortcut is
+  positive and grows.) Gates at b_g = 0, dropout, 1x1 convolutions and BN on the way lose it too. Gates count as
+  constants here, as in eq. (8); some more of the gradient arrives through their own weights W_g.
+- **In total (middle)** the gradient does not vanish: the F's carry the rest. But where the shortcuts carry little, it
+  behaves like the plain net's, which grows exponentially from unit to unit. With identities it grows far less, and most
+  of that in the first units of a stage.
+- **The signal (bottom)** is the sum of all earlier F's where the shortcuts are identities, and so it grows. A shortcut
+  that forgets keeps it level.
 
 | unit | lambda | shortcuts alone, eq. (8) | measured | a unit (the last {some}) | gradient | signal |
 |---|---|---|---|---|---|---|
 {rows}
 
-Gradients at the first unit's input, the signal at the last one's output.
+Gradients at the first unit's input, the signal at the last unit's output; "a unit" is the factor by which one
+unit changes the part on the shortcuts, the geometric mean of the last {some}.
 """
 
 
 def propagate(net, images, labels):
-    """Three lists of tensors over a net's L units' inputs and the last one's output, x_0 ... x_L: the signal x_l; the
-    gradient d loss / d x_l; and of it what came from x_L on shortcuts alone, F's and gates being held constant."""
+    """Three lists of tensors, each for the inputs of a net's L units and the last one's output, x_0 ... x_L: the signal
+    x_l; the gradient d loss / d x_l; and the part of it that came from x_L on the shortcuts alone, with F's and gates
+    taken as constants."""
     chain = [unit for stage in net.stages for unit in stage]
 
     def signals():
-        torch.manual_seed(1)  # dropout drops the same elements each time
+        torch.manual_seed(1)  # so that dropout drops the same elements both times
         return list(itertools.accumulate(chain, lambda x, unit: unit(x), initial=net.stem(images)))
 
     x = signals()
     gradients = torch.autograd.grad(cross_entropy(net.fc(net.last(x[-1]).mean(dim=(2, 3))), labels), x)
     for unit in chain:
-        # requires_grad_, as from nothing but constants, a plain net's, no gradient could be asked
+        # requires_grad_, because a plain net is then made of constants alone, which have no gradient to ask for
         unit.residual = lambda a, residual=unit.residual: residual(a).detach().requires_grad_()
         if hasattr(unit, "gate"):
             unit.gate.register_forward_hook(lambda gate, inputs, output: output.detach())
-    again = signals()
-    return x, gradients, torch.autograd.grad(again[-1], again, gradients[-1], materialize_grads=True)
+    shortcuts = signals()
+    parts = torch.autograd.grad(shortcuts[-1], shortcuts, gradients[-1], materialize_grads=True)
+    return x, gradients, parts
 
 
 def measure(depth):
-    """{net: [(signal, gradient, on shortcuts, predicted) of l = 0 ... L]}: the root mean square of x_l, then over the
-    norm of d loss / d x_L that of d loss / d x_l, of its part on shortcuts alone, and of that part by eq. (8)."""
-    found = {}
+    """{net: [(signal, gradient, on shortcuts, predicted) of l = 0 ... L]}: the root mean square of x_l; then, as
+    multiples of the norm of d loss / d x_L, the norms of d loss / d x_l, of its part on the shortcuts alone, and of
+    that part as eq. (8) predicts it."""
+    measured = {}
     for name, (unit, arguments, scale) in NETS.items():
         torch.manual_seed(1)
         images, labels = torch.randn(16, 3, 32, 32).double(), torch.arange(16) % 10
         signals, gradients, parts = propagate(cifar_resnet(depth, unit, **arguments).double(), images, labels)
         norms = [[(t.norm() / gradients[-1].norm()).item() for t in tensors] for tensors in (gradients, parts)]
         predicted = [None if scale is None else scale**left for left in reversed(range(len(signals)))]
-        found[name] = list(zip([x.square().mean().sqrt().item() for x in signals], *norms, predicted, strict=True))
-    return found
+        sizes = [x.square().mean().sqrt().item() for x in signals]
+        measured[name] = list(zip(sizes, *norms, predicted, strict=True))
+    return measured
 
 
-def draw(found, path):
-    """What came on the shortcuts, the gradient and the signal, for the units of Fig. 2 and for those of Fig. 4."""
-    names, last = list(found), len(found["plain"]) - 1
+def draw(measured, path):
+    """The part on the shortcuts, the gradient and the signal, for the units of Fig. 2 and for those of Fig. 4."""
+    names, last = list(measured), len(measured["plain"]) - 1
     figure = Figure(figsize=(12, 13))
     grid = figure.subplots(3, 2, sharex=True, sharey="row", height_ratios=(4, 3, 3))
     columns = {"Fig. 2: what stands on the shortcut": names[:11], "Fig. 4: the order": names[:1] + names[11:]}
@@ -124,11 +136,11 @@ def draw(found, path):
     for axes, (title, nets) in zip(grid.T, columns.items(), strict=True):
         for ax, (label, quantity) in zip(axes, rows.items(), strict=True):
             for i, net in enumerate(nets):
-                points = [(at, values[quantity]) for at, values in enumerate(found[net]) if values[quantity] > 0]
+                points = [(at, values[quantity]) for at, values in enumerate(measured[net]) if values[quantity] > 0]
                 style = {"color": "k" if net == "plain" else f"C{i}", "linewidth": 2.5 if NETS[net][2] == 1 else 1.3}
                 ax.plot(*zip(*points, strict=True), label=net, **style)
                 if points[0][0] > 0 and net != "plain":
-                    ax.plot(*points[0], "x", markersize=9, **style)  # nothing is left beyond
+                    ax.plot(*points[0], "x", markersize=9, **style)  # nothing is left to its left
             for boundary in (last // 3, last // 3 * 2):
                 ax.axvline(boundary, color="0.8", linewidth=0.8, zorder=0)
             ax.set(yscale="log", ylabel=label)
@@ -143,39 +155,92 @@ def draw(found, path):
     figure.savefig(path.with_suffix(".png"), dpi=90)
 
 
-def page(found, picture):
-    """The picture, what one should see in it, and a table, as Markdown."""
-    last, rows = len(found["plain"]) - 1, []
+def page(measured, picture):
+    """The page as Markdown: the picture, what to look for in it, and a table."""
+    last, rows = len(measured["plain"]) - 1, []
     some = max(1, min(10, last // 3 - 1))  # units within the last stage
-    for net, values in found.items():
+    for net, values in measured.items():
         scale, (_, gradient, part, predicted), rate = NETS[net][2], values[0], values[-1 - some][2] ** (1 / some)
         by_eq_8 = " | " if scale is None else f"{scale:g} | {predicted:.2g}"
         rows.append(f"| {net} | {by_eq_8} | {part:.2g} | {rate:.3f} | {gradient:.2g} | {values[-1][0]:.2f} |")
     return PAGE.format(depth=2 * last + 2, picture=picture, some=some, rows="\n".join(rows))
 
 
+def write_page(depth):
+    """Measure, draw, and write the page and its numbers under results/. Returns the page's text."""
+    path = RESULTS / ("propagation" if depth == 110 else f"propagation-{depth}")
+    measured = measure(depth)
+    RESULTS.mkdir(exist_ok=True)
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["net", "l", "signal", "gradient", "on_shortcuts", "predicted"])
+        for net, values in measured.items():
+            cells = [["" if value is None else f"{value:.6g}" for value in row] for row in values]
+            writer.writerows([net, at, *row] for at, row in enumerate(cells))
+    draw(measured, path)
+    text = page(measured, path.name + ".svg")
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+def read_run(folder):
+    """(flags, state) of a run."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not the folder of a run: there is no config.json")
+    config, state = checkpoint.read_json(folder / "config.json"), checkpoint.load(folder)
+    if state is None:
+        raise ValueError(f"{folder} holds no checkpoint")
+    return argparse.Namespace(**config), state
+
+
+def measure_responses(folder):
+    """[1] Fig. 7 of a run of cifar_train.py: the standard deviation of each 3x3 layer's output, after BN and before
+    ReLU and addition, over 1,000 test images with BN in evaluation mode (the paper does not say which images or mode).
+    Writes responses.csv (layer, std) and returns its path. Raises ValueError, or OSError from the folder's files."""
+    flags, state = read_run(folder)
+    if "mean" not in state:
+        raise ValueError(f"{folder} is not a run of cifar_train.py, and [1] Fig. 7 is about its nets")
+    net = cifar_resnet(flags.depth, units.UNITS[flags.unit], len(state["model"]["fc.bias"]), **flags.unit_args)
+    net.load_state_dict(state["model"])
+    stds, latest = [], None
+
+    def hook(layer, inputs, output):
+        nonlocal latest
+        if isinstance(layer, nn.BatchNorm2d):
+            if inputs[0] is latest:  # the output of the last 3x3 layer
+                stds[-1] = round(output.std().item(), 4)
+        elif layer.kernel_size == (3, 3):
+            stds.append(None)
+            latest = output
+
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+            layer.register_forward_hook(hook)
+    images = data.load_cifar(flags.dataset, flags.data, 1_000)[2]
+    with torch.inference_mode():
+        net.eval()((images - state["mean"]) / state["std"])
+    if None in stds:
+        raise ValueError(f"[1] Fig. 7 needs BN right after every 3x3 layer; {flags.unit} has it elsewhere")
+    lines = ["layer,std", *(f"{i},{std}" for i, std in enumerate(stds, 1)), ""]
+    (folder / "responses.csv").write_text("\n".join(lines))
+    return folder / "responses.csv"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=110, help="6n + 2 weight layers (default 110)")
-    depth = parser.parse_args().depth
-    path = RESULTS / ("propagation" if depth == 110 else f"propagation-{depth}")
-    torch.set_num_threads(1)  # the same figures whatever the number of cores
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument("--depth", type=int, default=110, help="6n + 2 weight layers (default 110)")
+    work.add_argument("--responses", nargs="+", type=pathlib.Path, metavar="RUN", help="folders of trained runs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # so that the numbers do not depend on the number of cores
     try:
-        found = measure(depth)
-        text = page(found, path.name + ".svg")
-        RESULTS.mkdir(exist_ok=True)
-        with open(path.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["net", "l", "signal", "gradient", "on_shortcuts", "predicted"])
-            for net, values in found.items():
-                shown = [["" if value is None else f"{value:.6g}" for value in row] for row in values]
-                writer.writerows([net, at, *row] for at, row in enumerate(shown))
-        draw(found, path)
-        path.with_suffix(".md").write_text(text)
+        if args.responses is None:
+            print(write_page(args.depth))
+        for folder in args.responses or ():
+            print(measure_responses(folder))
     except (ValueError, OSError) as error:
         print(f"propagation.py: {error}", file=sys.stderr)
         return 2
-    print(text)
     return 0
 
 

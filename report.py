@@ -1,10 +1,9 @@
-"""The papers' tables and figures, theirs beside ours, from the run folders under results/.
+"""The papers' tables and figures, their numbers beside ours, from the run folders under results/.
 
-    python report.py                        # results/README.md, its figures, and the table that opens README.md
-    python report.py RUN [RUN ...]          # curve.png into each run's folder
-    python report.py --responses RUN ...    # [1] Fig. 7 measured on trained nets: responses.csv into each folder
+    python report.py                        # results/README.md, its figures, and the tables at the top of README.md
+    python report.py RUN [RUN ...]          # the curve of any run, finished or not: curve.png in its folder
 
-A cell is filled by finished runs alone, those whose folder is results/<name in run_all.sh>/seed<n>.
+A table shows finished runs only: those in results/<a name of run_all.sh>/seed<n>. Nothing is measured here.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 
-# Figure: its kind, its title, and its panels as the curves in paper/ name them, with what stands above each
+# Each figure's kind, its title, and its panels: their names in paper/ and their captions
 LOSS, ERROR, IMAGENET = "loss and error", "error", "ImageNet error"
 FIGURES = {
     "2-fig1": (LOSS, "[2] Fig. 1 right: ResNet-1001", {"": ""}),
@@ -35,61 +34,62 @@ FIGURES = {
     "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "left", "right": "right"}),
 }
 
+SHORT = ("short",)  # the tags of the tables of the short schedule
+
 
 # Reading
 
 METRICS = {"test_error": "test error %", "val_top1": "1-crop top-1", "val_top5": "1-crop top-5"}
 METRICS |= {"train_loss": "training loss"}
-PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # of several in one row, the first fills the table
+TOPS = {"top1": "top-1", "top5": "top-5"}  # no top-5 where there are fewer than 6 classes
+PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # when a row has runs of several, its cells show the first
 
 
 def read_run(folder):
-    """A run's result, with its log and responses, and under "values" its errors (%) by the metrics of paper/tables.csv
-    and its "training loss", infinite if it diverged. Raises ValueError saying what is wrong with the folder."""
+    """A run's result, its "log", its "responses", and its "values": errors in % by the metrics of paper/tables.csv, and
+    "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong with the folder."""
     try:
-        run = json.loads((folder / "result.json").read_text())
-        average = "runs" in run  # of several nets: no log and no values but those of its evaluations
+        run = json.loads((folder / "result.json").read_text("utf-8"))
+        average = "runs" in run  # of several nets: it has no log, and evaluations are its only values
         values = {metric: run[name] for name, metric in METRICS.items() if name in run}
         if run["precision"] not in PRECISIONS or "dataset" not in run or (len(values) < 2 and not average):
             raise ValueError("result.json lacks a known precision, the data set, an error or the training loss")
         for path in sorted({*folder.glob("*.json")} - {folder / "result.json", folder / "config.json"}):
-            made = json.loads(path.read_text())
-            if average or (made["iterations"] == [run["iterations"]] and not made["recompute_bn"]):  # its last net
-                values |= {f"{path.stem} top-1": made["top1"], f"{path.stem} top-5": made["top5"]}
+            evaluation = json.loads(path.read_text("utf-8"))
+            if average or (evaluation["iterations"] == [run["iterations"]] and not evaluation["recompute_bn"]):
+                values |= {f"{path.stem} {TOPS[key]}": evaluation[key] for key in TOPS if key in evaluation}
         numbers = [run["seconds"], run["peak_memory"], *(() if run["diverged"] else values.values())]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"a number is not finite: {numbers}")
         run["values"] = dict.fromkeys(values, math.inf) if run["diverged"] else values
-        needless = average or run["diverged"]  # it may have diverged before the log's first row
-        run["log"] = [] if needless and not (folder / "log.csv").exists() else read_log(folder)
+        optional = average or run["diverged"]  # a run may diverge before the first row of its log
+        run["log"] = [] if optional and not (folder / "log.csv").exists() else read_log(folder)
         path = folder / "responses.csv"
         run["responses"] = [float(row["std"]) for row in read_csv(path)] if path.exists() else []
         return run | {"folder": folder}
     except FileNotFoundError as error:
         raise ValueError(f"not finished: there is no {pathlib.Path(error.filename).name}") from None
-    except Exception as error:  # a broken file may raise anything; it must not cost the page
+    except Exception as error:  # a damaged file may raise anything; it must not cost the page
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
 
 
 def read_log(folder):
-    """The rows of a run's log.csv, {column: number} without the empty cells. Raises ValueError when it is not one."""
-    rows = read_csv(folder / "log.csv")
-    if not rows or not {"test_error", "val_top1"} & rows[0].keys():
-        raise ValueError("log.csv has no errors")
-    log = [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
-    for row in log:
-        if not {"iteration", "train_loss"} <= row.keys() or not all(map(math.isfinite, row.values())):
-            raise ValueError("log.csv has a row without iteration or training loss, or a number that is not finite")
+    """The rows of a run's log.csv, {column: number} without empty cells: not every row has a test error. Raises
+    ValueError when there are none, or one lacks what every row has."""
+    log = [{name: float(cell) for name, cell in row.items() if cell} for row in read_csv(folder / "log.csv")]
+    complete = [{"iteration", "train_loss"} <= row.keys() and all(map(math.isfinite, row.values())) for row in log]
+    if not log or not all(complete):
+        raise ValueError("log.csv has no rows, or one without an iteration, a training loss or finite numbers")
     return log
 
 
 def read_csv(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def read_runs(root):
-    """({row's name: its runs}, other runs, problems). A row's runs are of one precision, float32 if there are any."""
+    """({row's name: its runs}, other runs, problems). All runs of a row have one precision: float32 if any run has."""
     rows, others, problems = {cell["run"]: [] for cell in cells() if cell["run"]}, [], []
     folders = {path.parent for name in ("config.json", "log.csv", "result.json") for path in root.rglob(name)}
     for folder in sorted(folders):
@@ -99,8 +99,8 @@ def read_runs(root):
         except ValueError as error:
             problems.append(f"{folder.relative_to(root)}: {error}")
         else:
-            known = name in rows and re.fullmatch(r"seed\d+", seed) and run["dataset"] != "synthetic"
-            (rows[name] if known else others).append(run)
+            counts = name in rows and re.fullmatch(r"seed\d+", seed) and run["dataset"] != "synthetic"
+            (rows[name] if counts else others).append(run)
     for name, runs in rows.items():
         first = min((run["precision"] for run in runs), key=PRECISIONS.index, default=None)
         others += [run for run in runs if run["precision"] != first]
@@ -108,14 +108,15 @@ def read_runs(root):
     return rows, others, problems
 
 
-def cells(table=None):
-    """The cells of the papers' tables, or of one: dicts of table, row, column, paper (%), metric and run (our row)."""
-    return [cell for cell in read_csv(HERE / "paper" / "tables.csv") if table in (None, cell["table"])]
+def cells(tag=None):
+    """The cells of the papers' tables, or of the table with this tag: dicts of table (the tag), row, column, paper (the
+    paper's number), metric and run (the name of our row)."""
+    return [cell for cell in read_csv(HERE / "paper" / "tables.csv") if tag in (None, cell["table"])]
 
 
 def paper_curves():
-    """{panel: {(network, our row): {quantity: [(x, value), ...]}}} of both papers, a panel called as "2-fig3a" and the
-    networks in the order of paper/networks.csv; x is the iteration, in [1] Fig. 7 the layer."""
+    """{panel: {(network, our row): {quantity: [(x, value), ...]}}} of both papers. Panels are named like "2-fig3a", the
+    networks are in the order of paper/networks.csv, and x is the iteration, or the layer in [1] Fig. 7."""
     runs = {row["network"]: row["run"] for row in read_csv(HERE / "paper" / "networks.csv")}
     curves, order = {}, list(runs)
     for paper, name in ((1, "deep_residual_learning"), (2, "identity_mappings")):
@@ -132,186 +133,158 @@ def paper_curves():
 
 
 def markdown(header, rows):
-    """The lines of a Markdown table: the first as it is, the others of cells."""
+    """The lines of a Markdown table with this header line and rows of cells."""
     return [header, "|---" * (header.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def found(runs, metric):
-    """What the runs have under a metric, those that have it."""
+def values_of(runs, metric):
+    """The values of a metric, of the runs that have it."""
     return [run["values"][metric] for run in runs if metric in run["values"]]
 
 
 def ours(runs, metric="test error %", fails=False):
-    """median (mean ± std, n) of what the runs have under a metric; above 20 % "fail", where the papers say so."""
-    values = found(runs, metric)
+    """Our runs as a cell: median (mean ± std, n). With `fails`, a median above 20 % is "fail", as the papers say."""
+    values = values_of(runs, metric)
     if not values:
         return ""
     finite = [value for value in values if value < math.inf]
     median = statistics.median(values)
-    shown, notes = f"{median:.2f}" if median < math.inf else "diverged", []
+    text, notes = f"{median:.2f}" if median < math.inf else "diverged", []
     if fails and median > 20:
-        shown, notes = "fail", [shown]
+        text, notes = "fail", [text]
     if len(finite) > 1:
         notes.append(f"{statistics.mean(finite):.2f} ± {statistics.stdev(finite):.2f}")
     notes.append(f"n = {len(values)}")
     if len(finite) < len(values):
         notes.append(f"{len(values) - len(finite)} diverged")
-    return f"{shown} ({', '.join(notes)})"
+    return f"{text} ({', '.join(notes)})"
 
 
-def beside(cell, rows):
-    """Ours beside a cell of the papers' tables."""
+def ours_beside(cell, rows):
+    """Our runs, as they stand beside a cell of the papers' tables."""
     fails = cell["metric"] == "test error %" and cell["paper"] in ("fail", "-")
     return ours(rows.get(cell["run"], []), cell["metric"], fails)
 
 
 def table(tag, rows):
-    """A paper's table as Markdown, ours beside each of its columns."""
-    mine = {(cell["row"], cell["column"]): [cell["paper"], beside(cell, rows)] for cell in cells(tag)}
-    columns = list(dict.fromkeys(column for _, column in mine))
-    lines = []
-    for label in dict.fromkeys(label for label, _ in mine):
-        line = [label]
-        for column in columns:
-            line += mine.get((label, column), ["", ""])
-        lines.append(line)
+    """One of the papers' tables as Markdown, with our runs beside each of its columns."""
+    pairs = {(cell["row"], cell["column"]): (cell["paper"], ours_beside(cell, rows)) for cell in cells(tag)}
+    labels, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    lines = [[label, *(c for column in columns for c in pairs.get((label, column), ("", "")))] for label in labels]
     return markdown("| |" + "".join(f" {column} | ours |" for column in columns), lines)
 
 
-def short_rows(rows):
-    """(label, the papers' figure, our runs) of the short schedule, in the papers' order."""
-    paper = {cell["row"]: cell["paper"] for cell in cells("short") if not cell["run"]}
-    return [(cell["row"], paper[cell["row"]], rows.get(cell["run"], [])) for cell in cells("short") if cell["run"]]
+def short_rows(rows, tag="short"):
+    """(label, the paper's number, our runs) of each row on the short schedule, in the order of paper/tables.csv."""
+    return [(cell["row"], cell["paper"], rows.get(cell["run"], [])) for cell in cells(tag)]
 
 
-def short_table(rows):
-    """The short schedule's table: the papers' ResNet-110, and our test error and training loss, medians."""
+def short_table(rows, tag="short", first="unit", paper="the papers' ResNet-110"):
+    """A table of the short schedule: the papers' test errors, and our test errors and median training losses."""
     lines = []
-    for label, paper, runs in short_rows(rows):
-        losses = [loss for loss in found(runs, "training loss") if loss < math.inf]
-        lines.append((label, paper, ours(runs), f"{statistics.median(losses):.2f}" if losses else ""))
-    return markdown("| unit | the papers' ResNet-110 | test error, % | training loss |", lines)
+    for label, number, runs in short_rows(rows, tag):
+        losses = [loss for loss in values_of(runs, "training loss") if loss < math.inf]
+        lines.append((label, number, ours(runs), f"{statistics.median(losses):.2f}" if losses else ""))
+    return markdown(f"| {first} | {paper} | test error, % | training loss |", lines)
 
 
-def orderings(rows):
-    """Which of the papers' orderings by test error the short runs confirm, contradict or cannot tell, pair by pair."""
-    short = [(label, paper, found(runs, "test error %")) for label, paper, runs in short_rows(rows)]
+def compare_orders(rows):
+    """Compares the units' order by test error on the short schedule with the papers', pair by pair: ✓ the same, ✗ the
+    opposite, ? cannot be told. Returns (the table's rows, the standard deviation s, the number of rows that s is from),
+    or None until a row has two runs."""
+    short = [(label, paper, values_of(runs, "test error %")) for label, paper, runs in short_rows(rows)]
     short = [row for row in short if row[-1]]
     several = [errors for _, _, errors in short if len(errors) > 1 and max(errors) < math.inf]
     if not several:
-        return ["No row has two runs yet, so whether a difference is more than chance cannot be told."]
+        return None
     squares = sum(statistics.variance(errors) * (len(errors) - 1) for errors in several)
-    spread = math.sqrt(squares / sum(len(errors) - 1 for errors in several))
-    lines, verdicts = [], []
+    s = math.sqrt(squares / sum(len(errors) - 1 for errors in several))
+    lines = []
     for i, (label, paper, errors) in enumerate(short, 1):
-        line = []
+        verdicts = []
         for _, higher, others in short[i:]:
             difference = statistics.mean(others) - statistics.mean(errors)
-            enough = 2 * spread * math.sqrt(1 / len(errors) + 1 / len(others))
+            enough = 2 * s * math.sqrt(1 / len(errors) + 1 / len(others))
             verdict = "✓" if difference > enough else "✗" if difference < -enough else "?"
-            line.append("" if higher == paper else verdict)  # the papers do not order two failures
-        lines.append([f"{i} {label}", str(len(errors)), *[""] * i, *line])
-        verdicts += line
-    yes, no, unsure = map(verdicts.count, "✓✗?")
+            verdicts.append("" if higher == paper else verdict)  # the papers give no order of two failures
+        lines.append([f"{i} {label}", str(len(errors)), *[""] * i, *verdicts])
+    return lines, s, len(several)
+
+
+def short_note(rows):
+    """The line above the short schedule's table: what it is, and how many of the papers' orders it shows."""
+    text = "1,600 iterations instead of 64,000: compare the order, not the errors"
+    if compared := compare_orders(rows):
+        yes, no, unsure = (sum(line.count(verdict) for line in compared[0]) for verdict in "✓✗?")
+        text += f";\n{yes} of {yes + no + unsure} orders are as in the papers, {no} are not, {unsure} cannot be told"
+    return text + "."
+
+
+def short_orders(rows):
+    """The text and the table of what compare_orders finds, as Markdown."""
+    compared = compare_orders(rows)
+    if compared is None:
+        return ["No row has two runs yet, so nobody can tell whether a difference is more than chance."]
+    lines, s, n = compared
     three = ("full pre-activation", "original", "plain")
-    losses = [found(runs, "training loss") for label, _, runs in short_rows(rows) if label in three]
+    losses = {label: values_of(runs, "training loss") for label, _, runs in short_rows(rows)}
     text = []
-    if all(losses):
-        medians = [statistics.median(values) for values in losses]
-        shown = ", ".join(f"{label} {median:.2f}" for label, median in zip(three, medians, strict=True))
+    if all(losses[label] for label in three):
+        medians = [statistics.median(losses[label]) for label in three]
+        numbers = ", ".join(f"{label} {median:.2f}" for label, median in zip(three, medians, strict=True))
         order = "the papers' order" if medians == sorted(medians) else "**not** the papers' order"
-        text = [f"Median training loss: {shown}: {order}.", ""]
+        text = [f"Median training loss: {numbers}: {order}.", ""]
     return [
         *text,
-        f"Of {yes + no + unsure} pairs of units that the papers order by test error, these runs confirm {yes} (✓),",
-        f"contradict {no} (✗) and cannot tell {unsure} (?), at this schedule. An order counts as told where the",
-        f"means of n and m runs differ by more than 2 s sqrt(1/n + 1/m); s = {spread:.2f} % is the standard deviation",
-        f"of a row's runs, pooled over the {len(several)} rows with two or more and taken to be that of all. Of twenty",
-        "pairs without a difference one or two would pass for told.",
+        "Below, ✓ marks a pair of units whose order by test error is the papers', ✗ one whose order is the",
+        "opposite, and ? one that cannot be told. An order can be told where the means of n and m runs differ",
+        f"by more than 2 s sqrt(1/n + 1/m). Here s = {s:.2f} % is the standard deviation of a row's runs, pooled",
+        f"over the {n} rows that have two or more and taken to be the same for all. Of twenty pairs that do not",
+        "differ, about one would still be marked ✓ or ✗.",
         "",
-        *markdown("| lower in the papers | n |" + "".join(f" {i + 1} |" for i in range(len(short))), lines),
+        *markdown("| lower in the papers | n |" + "".join(f" {i + 1} |" for i in range(len(lines))), lines),
     ]
 
 
 def runs_of(tag, rows):
-    """How the runs of a table were made, how far from the paper they end, what choosing on the test set would do."""
-    mine = [cell for cell in cells(tag) if rows.get(cell["run"])]
-    if not mine:
+    """How a table's runs were made, which of them are far from the paper's numbers, and what selecting an iterate on
+    the test set would have changed."""
+    filled = [cell for cell in cells(tag) if rows.get(cell["run"])]
+    if not filled:
         return ["No run yet."]
-    lines, gains, away = [], [], []
-    for name in dict.fromkeys(cell["run"] for cell in mine):
+    lines, gains, far = [], [], []
+    for name in dict.fromkeys(cell["run"] for cell in filled):
         runs = rows[name]
         hours = statistics.median(run["seconds"] for run in runs) / 3600
         memory = max(run["peak_memory"] for run in runs) / 1e9
-        made = str(len(runs)), runs[0]["precision"], f"{hours:.2f}", f"{memory:.2f}"
-        lines.append((f"[{name}]({name})", *made))
+        lines.append((f"[{name}]({name})", str(len(runs)), runs[0]["precision"], f"{hours:.2f}", f"{memory:.2f}"))
         for run in runs:
             errors = [error for _, error in points(run, "test_error") or points(run, "val_top1")]
             if errors and not run["diverged"]:
                 gains.append(errors[-1] - min(errors))
-    for cell in mine:
-        median = statistics.median(found(rows[cell["run"]], cell["metric"]) or [math.nan])
-        figures = re.findall(r"[\d.]+", cell["paper"])  # "6.43 (6.61±0.16)": of the lowest of 5 runs take the mean
-        difference = median - float(figures["lowest" in cell["row"]]) if figures else 0
+    for cell in filled if tag not in SHORT else ():
+        median = statistics.median(values_of(rows[cell["run"]], cell["metric"]) or [math.nan])
+        numbers = re.findall(r"[\d.]+", cell["paper"])  # of "6.43 (6.61±0.16)", the lowest of 5 runs, take the mean
+        difference = median - float(numbers["lowest" in cell["row"]]) if numbers else 0
         label = cell["row"] + (f", {cell['column']}" if "top" in cell["metric"] else "")
         if abs(difference) > 0.5:
-            away.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
+            far.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
         elif cell["paper"] == "fail" and median <= 20:
-            away.append(f"{label} ({median:.2f} instead of a failure)")
+            far.append(f"{label} ({median:.2f} instead of a failure)")
     lines = markdown("| runs | n | precision | hours each | peak memory, GB |", lines)
     if gains:
         gain = f"{statistics.mean(gains):.2f} % above the lowest of a run's test evaluations"
         lines += ["", f"The last iterate, which is what the table shows, is {gain} (mean of {len(gains)} runs)."]
-    if away:
-        lines += ["", "More than 0.5 % from the paper: " + "; ".join(away) + "."]
+    if far:
+        lines += ["", "More than 0.5 % from the paper: " + "; ".join(far) + "."]
     return lines
-
-
-# Check-points of the curves, paper.md's: where does a run leave the paper's?
-
-ITERATIONS = (10_000, 20_000, 30_000, 36_000, 46_000, 56_000, 64_000)
-WINDOWS = ((1_000, 3_000), (9_000, 11_000), (29_000, 31_000), (35_000, 37_000), (45_000, 47_000), (62_000, 66_000))
-
-
-def paper_error_at(curve, iteration):
-    """The test error of a paper's curve at an iteration: the mean within 1,500 of it. Above 20 % there is no curve."""
-    near = [y for x, y in curve if abs(x - iteration) <= 1_500]
-    return f"{statistics.mean(near):.2f}" if near else ">20"
-
-
-def paper_loss_in(curve, window):
-    """The mean training loss of a paper's curve in a window of iterations; above 2 it is cut off."""
-    values = [y for x, y in curve if window[0] <= x <= window[1]]
-    return f"{statistics.mean(values):.4f}" if values else (">2" if window[0] < 5_000 else "<0.002")
-
-
-def checkpoints(name, curves, rows):
-    """Test error and training loss at the check-points of a figure's curves, the paper's and our first run's."""
-    header = [f"{t // 1000}k" for t in ITERATIONS] + [f"{a // 1000}-{b // 1000}k" for a, b in WINDOWS]
-    lines = []
-    networks = {}
-    for panel in FIGURES[name][2]:
-        networks |= curves[name + panel]
-    for (network, row), theirs in networks.items():
-        error, loss = theirs["test_error"], theirs["train_loss"]
-        values = [paper_error_at(error, t) for t in ITERATIONS] + [paper_loss_in(loss, window) for window in WINDOWS]
-        lines.append((f"{network}, paper", *values))
-        full = [run for run in rows[row] if run.get("iterations") == 64_000]
-        if full:
-            errors, losses = (dict(points(full[0], quantity)) for quantity in ("test_error", "train_loss"))
-            values = [f"{errors[t]:.2f}" if t in errors else "" for t in ITERATIONS]
-            for a, b in WINDOWS:  # a row's loss is the mean over the 2,000 iterations up to it
-                ends = [t for t in losses if a <= t <= b + 1_000]
-                same = paper_loss_in(loss, (min(ends) - 2_000, max(ends))) if ends else ""
-                values.append(f"{statistics.mean(losses[t] for t in ends):.4f} ({same})" if ends else "")
-            lines.append((f"ours ({full[0]['folder'].name})", *values))
-    return markdown("| | " + " | ".join(header) + " |", lines)
 
 
 # Figures
 
 
 def points(run, quantity):
+    """[(iteration, value), ...] of one column of a run's log."""
     return [(row["iteration"], row[quantity]) for row in run["log"] if quantity in row]
 
 
@@ -327,7 +300,7 @@ def save(figure, path, *suffixes):
 
 
 def draw_figure(name, curves, rows):
-    """One figure of the papers: their curves thin and pale, ours strong, in the same colours and axes."""
+    """One of the papers' figures: their curves thin and pale, ours thick, in the same colours on the same axes."""
     kind, title, panels = FIGURES[name]
     down, across = (2, 2) if len(panels) == 4 else (1, len(panels))
     figure, grid = plt.subplots(down, across, figsize=(4.4 * across, 3.6 * down), squeeze=False)
@@ -336,14 +309,14 @@ def draw_figure(name, curves, rows):
         right = axes.twinx() if kind == LOSS else axes
         for i, ((network, row), theirs) in enumerate(networks.items()):
             runs = rows[row]
-            for quantity in sorted(theirs, key=lambda quantity: not quantity.startswith("train")):  # that one below
-                where, line = (axes, "--") if quantity.startswith("train") else (right, "-")
-                plot(where, theirs[quantity], color=f"C{i}", linestyle=line, linewidth=0.8, alpha=0.5)
+            for quantity in sorted(theirs, key=lambda quantity: not quantity.startswith("train")):  # training below
+                side, line = (axes, "--") if quantity.startswith("train") else (right, "-")
+                plot(side, theirs[quantity], color=f"C{i}", linestyle=line, linewidth=0.8, alpha=0.5)
                 for run in runs:
                     curve = points(run, "val_top1" if quantity == "val_error" else quantity)
-                    plot(where, curve, color=f"C{i}", linestyle=line, linewidth=1.8)
+                    plot(side, curve, color=f"C{i}", linestyle=line, linewidth=1.8)
             right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours: n = {len(runs)}' if runs else 'paper'})")
-        start = 34_000 if (name, panel) == ("1-fig6", "right") else 0  # as the paper cuts it
+        start = 34_000 if (name, panel) == ("1-fig6", "right") else 0  # where the paper begins it
         end, every = {LOSS: (68_000, 10_000), ERROR: (64_000, 10_000), IMAGENET: (600_000, 100_000)}[kind]
         ticks = range(math.ceil(start / every) * every, end, every)
         axes.set(title=f"{title} {caption}".strip(), xlim=(start, end), xlabel="iterations (1e4)")
@@ -360,7 +333,7 @@ def draw_figure(name, curves, rows):
 
 
 def draw_responses(curves, rows):
-    """[1] Fig. 7: the paper's dots pale, ours as lines, in layer order and sorted."""
+    """[1] Fig. 7, by layer and sorted: the paper's curves thin and pale, ours thick."""
     figure, grid = plt.subplots(2, 1, figsize=(7, 6))
     for axes, half in zip(grid, ("top", "bottom"), strict=True):
         for i, ((network, row), theirs) in enumerate(curves[f"1-fig7{half}"].items()):
@@ -378,7 +351,7 @@ def draw_responses(curves, rows):
 
 
 def draw_short(rows):
-    """The short schedule's test errors beside the papers' ResNet-110, in the papers' order."""
+    """The short schedule's test errors beside those of the papers' ResNet-110, in the papers' order."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
     labels, papers, runs = zip(*short_rows(rows), strict=True)
     for i, paper in enumerate(papers):
@@ -386,7 +359,7 @@ def draw_short(rows):
             left.text(20, i, "fail (> 20 %)", ha="right", va="center", fontsize=8, color="C3")
         else:
             left.plot(float(paper), i, "o", color="C7")
-        errors = [error for error in found(runs[i], "test error %") if error < math.inf]
+        errors = [error for error in values_of(runs[i], "test error %") if error < math.inf]
         right.plot(errors, [i] * len(errors), "o", color="C0", markersize=4, alpha=0.5)
         if errors:
             right.plot(statistics.median(errors), i, "|", color="C0", markersize=14, markeredgewidth=2)
@@ -401,59 +374,24 @@ def draw_short(rows):
 
 
 def draw_run(folder):
-    """curve.png into a run's folder, finished or not: training loss dashed at the left, errors in % at the right."""
+    """curve.png in a run's folder, finished or not: the errors in %, top-5 error apart, and the training loss."""
     run = {"log": read_log(folder)}
-    figure, axes = plt.subplots(figsize=(6, 4))
-    right = axes.twinx()
-    plot(axes, points(run, "train_loss"), color="C7", linestyle="--", marker=".")
-    for quantity, color in (("test_error", "C0"), ("val_error", "C1"), ("val_top1", "C0"), ("val_top5", "C2")):
-        if curve := points(run, quantity):
-            plot(right, curve, color=color, marker=".", label=quantity.replace("_", " "))
-    axes.set(yscale="log", xlabel="iterations", ylabel="training loss (dashed)", title=folder.name)
-    right.set(ylabel="error, % (solid)")
-    right.legend(fontsize=8)
-    save(figure, folder / "curve", "png")
+    error = {"train_error": ("training", "C7"), "test_error": ("test", "C0"), "val_error": ("validation", "C1")}
+    panels = {"error, %": error | {"val_top1": ("validation, top-1", "C0")}}
+    panels |= {"top-5 error, %": {"val_top5": ("validation, top-5", "C2")}, "loss": {"train_loss": ("training", "C7")}}
+    panels = {label: lines for label, lines in panels.items() if any(points(run, quantity) for quantity in lines)}
+    figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + 2.4 * len(panels)), sharex=True, squeeze=False)
+    for axes, (label, lines) in zip(grid.flat, panels.items(), strict=True):
+        for quantity, (name, color) in lines.items():
+            if curve := points(run, quantity):
+                plot(axes, curve, color=color, label=name, marker=".", linestyle="--" if name == "training" else "-")
+        axes.set(ylabel=label, **({"yscale": "log"} if label == "loss" else {"ylim": (0, None)}))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    grid[-1, 0].set(xlabel="iterations")
+    grid[0, 0].set_title(folder.resolve().name, fontsize=10, parse_math=False)
+    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.02, not 2 x 10^-2
+        save(figure, folder / "curve", "png")
     return folder / "curve.png"
-
-
-def measure_responses(folder):
-    """[1] Fig. 7: the std of each 3x3 layer's output after BN, before ReLU and addition, over 1,000 test images with BN
-    in evaluation mode (the paper does not say which images or mode). Writes responses.csv: layer, std."""
-    import torch
-
-    import checkpoint
-    import data
-    import models
-    import units
-
-    config, state = checkpoint.read_json(folder / "config.json"), checkpoint.load(folder)
-    if state is None:
-        raise ValueError("it holds no checkpoint")
-    unit, classes = units.UNITS[config["unit"]], data.CLASSES[config["dataset"]]
-    net = models.cifar_resnet(config["depth"], unit, classes, **config["unit_args"])
-    net.load_state_dict(state["model"])
-    stds, latest = [], None
-
-    def hook(layer, inputs, output):
-        nonlocal latest
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            if inputs[0] is latest:  # the output of the last 3x3 layer
-                stds[-1] = round(output.std().item(), 4)
-        elif layer.kernel_size == (3, 3):
-            stds.append(None)
-            latest = output
-
-    for layer in net.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.BatchNorm2d)):
-            layer.register_forward_hook(hook)
-    images = data.load_cifar(config["dataset"], config["data"], 1_000)[2]
-    with torch.inference_mode():
-        net.eval()((images - state["mean"]) / state["std"])
-    if None in stds:
-        raise ValueError(f"[1] Fig. 7 has BN right after each 3x3 layer, and {config['unit']} has it elsewhere")
-    lines = ["layer,std", *(f"{i},{std}" for i, std in enumerate(stds, 1)), ""]
-    (folder / "responses.csv").write_text("\n".join(lines))
-    return folder / "responses.csv"
 
 
 # The pages
@@ -462,13 +400,13 @@ START, END = "<!-- written by report.py -->", "<!-- end -->"
 
 
 def with_headline(text, rows):
-    """README.md's text with what is between the two marks made anew: the short schedule and the papers' nets so far."""
-    lines = ["![test error of each unit](results/short.svg)", "", *short_table(rows), ""]
+    """README.md's text with the part between the two marks written anew: the short schedule, and the papers' nets."""
+    lines = ["![test error of each unit](results/short.svg)", "", short_note(rows), "", *short_table(rows), ""]
     nets = {}
     for cell in cells():
-        if rows.get(cell["run"]) and cell["table"] not in ("open", "short"):
+        if rows.get(cell["run"]) and cell["table"] not in ("open", *SHORT):
             label = cell["run"] + ("" if cell["metric"] == "test error %" else f", {cell['metric']}")
-            nets.setdefault(cell["run"], (label, cell["paper"], beside(cell, rows)))
+            nets.setdefault(cell["run"], (label, cell["paper"], ours_beside(cell, rows)))
     if nets:
         lines += markdown("| the papers' nets, full schedule | paper | ours |", nets.values())
     else:
@@ -477,13 +415,13 @@ def with_headline(text, rows):
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 
 
-def page(curves, rows, others, problems):
-    """results/README.md: paper/page.md with each {table} and {figure} filled in, then what is in none."""
-    parts = {cell["table"]: table(cell["table"], rows) for cell in cells()}
-    parts["short"] = [*short_table(rows), "", "![short schedule](short.svg)", "", *orderings(rows)]
+def page(rows, others, problems):
+    """results/README.md: paper/page.md with every {table} filled in, then the runs that are in no table."""
+    parts = {cell["table"]: table(cell["table"], rows) for cell in cells() if cell["table"] not in SHORT}
+    parts["short"] = [short_note(rows), "", *short_table(rows), "", "![short schedule](short.svg)", ""]
+    parts["short"] += short_orders(rows)
     parts = {tag: [*lines, "", *runs_of(tag, rows)] for tag, lines in parts.items()}
-    parts |= {name: checkpoints(name, curves, rows) for name, (kind, *_) in FIGURES.items() if kind == LOSS}
-    text = (HERE / "paper" / "page.md").read_text()
+    text = (HERE / "paper" / "page.md").read_text("utf-8")
     text = re.sub(r"\{(.+)\}", lambda match: "\n".join(parts[match[1]]), text)
     lines = []
     for run in others:
@@ -498,25 +436,8 @@ def page(curves, rows, others, problems):
     return text
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=pathlib.Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--responses", action="store_true", help="measure [1] Fig. 7 on the runs' checkpoints")
-    args = parser.parse_args()
-    if args.responses and not args.runs:
-        parser.error("--responses needs the folder of a run")
-    for folder in args.runs:
-        try:
-            print(measure_responses(folder) if args.responses else draw_run(folder))
-        except Exception as error:  # a folder may hold anything
-            problem = f"{type(error).__name__}: {error}"
-            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                name = pathlib.Path(error.filename).name
-                problem = f"there is no {name} in it: a run in training writes one, the average of several has none"
-            print(f"report.py: {folder}: {problem}", file=sys.stderr)
-            return 2
-    if args.runs:
-        return 0
+def write_pages():
+    """Draw every figure and write both pages. Returns the problems of the folders that are in no table."""
     rows, others, problems = read_runs(RESULTS)
     RESULTS.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "resnet"  # the same picture is the same file
@@ -525,11 +446,32 @@ def main():
         draw_figure(name, curves, rows)
     draw_responses(curves, rows)
     draw_short(rows)
-    damaged = [problem for problem in problems if "not finished" not in problem]  # the others may be under way
-    (RESULTS / "README.md").write_text(page(curves, rows, others, damaged))
+    damaged = [problem for problem in problems if "not finished" not in problem]  # the others may still be running
+    (RESULTS / "README.md").write_text(page(rows, others, damaged), "utf-8")
     readme = HERE / "README.md"
-    readme.write_text(with_headline(readme.read_text(), rows))
-    print(*problems, f"wrote {RESULTS / 'README.md'}", sep="\n")
+    readme.write_text(with_headline(readme.read_text("utf-8"), rows), "utf-8")
+    return problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=pathlib.Path, metavar="RUN", help="folders of runs")
+    args = parser.parse_args()
+    for folder in args.runs:
+        try:
+            print(draw_run(folder))
+        except Exception as error:  # a folder may hold anything
+            problem = f"{type(error).__name__}: {error}"
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                problem = "it has no log.csv: a run writes one at its first evaluation, and an average of nets has none"
+            print(f"report.py: {folder}: {problem}", file=sys.stderr)
+            return 2
+    if not args.runs:
+        try:
+            print(*write_pages(), f"wrote {RESULTS / 'README.md'}", sep="\n")
+        except OSError as error:
+            print(f"report.py: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -1,24 +1,35 @@
 #!/usr/bin/env bash
-# Every experiment of the two papers, one row each, under the papers' own headings.
+# Every experiment of the two papers, one row each, under the headings of the papers' tables.
 #
 #   bash run_all.sh                     run what has no result.json under results/ yet; continue what was stopped
-#   bash run_all.sh 2-table1 164        only the rows of a heading (by its tag), or whose name contains a word
-#   LIST=1 bash run_all.sh              print the runs (name, the papers' figures, command) and run nothing
+#   bash run_all.sh 2-table1 164        the rows of a table (by its tag) and the rows whose name contains a word
+#   bash run_all.sh cifar10/110         one row alone, by its whole name; cifar10/110/seed1 is one run of it
+#   LIST=1 bash run_all.sh              list the runs: name, the paper's number, command # tags, what it costs, done
 #   SEEDS="1 2" bash run_all.sh         these seeds for every row, instead of as many as the paper has
+#   OUT=DIR bash run_all.sh             put the runs into a folder of your own, instead of results/
 #   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
-#   JOBS=4 bash run_all.sh              four runs side by side: small nets do not fill a large GPU
-#   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       what starts the ImageNet rows, instead of python
-#   SMOKE=1 bash run_all.sh             each row once: a few steps on small synthetic images, CIFAR's nets at depth 20
+#   JOBS=4 bash run_all.sh              four runs side by side, spread over the GPUs that CUDA_VISIBLE_DEVICES allows
+#   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       start ImageNet rows so, each on all GPUs
+#   SMOKE=1 bash run_all.sh             try each row once: a few steps on small synthetic images, CIFAR nets at depth 20
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
-# The paper's figure is the test error in %; [2] says fail above 20 %, and - stands for one that it does not report.
-# In [2] every figure is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
-# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. That ResNet-1202 and, in both papers' tables,
-# plain-110 warm up too is our choice. On ImageNet the figures are top-1 and, after the comma, top-5 error, under the
+# The paper's number is the test error in %; [2] says "fail" above 20 %, and "-" stands where the paper reports none.
+# In [2] every number is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
+# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. It is our choice that ResNet-1202, and plain-110 in
+# both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error, under the
 # protocol of the row's first table (--test; the single crop of 224 is always evaluated).
 
 set -u
-cd "$(dirname "$0")" || exit 1
+unset CDPATH # with it, cd may go elsewhere and print where
+[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || {
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit
+}
+here=$(cd "$(dirname "$0")" && pwd) || exit 1
+results=${OUT:-results}
+[[ $results = /* || -z ${OUT:-} || $PWD = "$here" ]] || results=$PWD/$results
+cd "$here" || exit 1
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}" # OpenMP's spinning threads make a busy machine several times slower
 
 short="--iterations 1600 --batch-size 32 --micro-batch 32 --lr 0.05 --warmup 100"
 
@@ -67,7 +78,7 @@ rows="
 2-table3,2-table4                    27.82      5      cifar100/1001                            --dataset cifar100 --depth 1001 --unit bottleneck
 2-table3,2-table4                    22.71      5      cifar100/1001-preact                     --dataset cifar100 --depth 1001 --unit bottleneck-preact
 
-# [2] Table 4: comparison; the batch of 64 is that of the code that the authors published
+# [2] Table 4: comparison (a batch of 64 as in the code that the authors published)
 2-table4                             4.62       5      cifar10/1001-preact-batch64              --depth 1001 --unit bottleneck-preact --recipe resnet-1k-layers
 
 # [1] Table 6: CIFAR-10
@@ -77,7 +88,7 @@ rows="
 1-table6                             6.97       1      cifar10/56                               --depth 56 --unit basic --warmup 0
 1-table6,2-table4                    7.93       1      cifar10/1202                             --depth 1202 --unit basic
 
-# [1] Fig. 6: plain nets (read off the curves; plain-110 is above 60 % and not drawn)
+# [1] Fig. 6: plain nets (numbers read off the curves; plain-110 is above 60 % and not drawn)
 1-fig6                               9.69       1      cifar10/20-plain                         --depth 20 --unit basic-plain --warmup 0
 1-fig6                               10.08      1      cifar10/32-plain                         --depth 32 --unit basic-plain --warmup 0
 1-fig6                               11.4       1      cifar10/44-plain                         --depth 44 --unit basic-plain --warmup 0
@@ -96,7 +107,7 @@ rows="
 1-table3,1-table4,2-section5         21.75,6.05 1      imagenet/101                             --depth 101 --unit bottleneck --test 10-crop,multi-scale
 1-table3,1-table4,2-table5           21.43,5.71 2      imagenet/152                             --depth 152 --unit bottleneck --test 10-crop,multi-scale,1-crop-320
 
-# [1] Table 5: six nets of different depth, two of them ResNet-152; which the others were is not said
+# [1] Table 5: six nets of different depth, two of them ResNet-152 (the paper does not name the others)
 1-table5                             -,3.57     1      imagenet/ensemble                        --evaluate imagenet/34-B/seed1 imagenet/34-C/seed1 imagenet/50/seed1 imagenet/101/seed1 imagenet/152/seed1 imagenet/152/seed2 --test multi-scale
 
 # [2] Table 5: tested on a single crop of 320
@@ -105,7 +116,7 @@ rows="
 2-table5                             20.7,5.3   1      imagenet/200-preact                      --depth 200 --unit bottleneck-preact --test 1-crop-320
 2-table5                             20.1,4.8   1      imagenet/200-preact-scale-aspect         --depth 200 --unit bottleneck-preact --augment scale-aspect --test 1-crop-320
 
-# [2] Section 5: ResNet-101 on a single crop of 224; its nets with other shortcuts the authors halted
+# [2] Section 5: ResNet-101 on a single crop of 224; the authors halted those with other shortcuts
 2-section5                           24.6,7.5   1      imagenet/101-bn-after-add                --depth 101 --unit bottleneck-bn-after-add
 2-section5                           -          1      imagenet/101-constant-scaling-0.5-0.5    --depth 101 --unit bottleneck-constant-scaling --unit-arg shortcut_scale=0.5 --unit-arg residual_scale=0.5
 2-section5                           -          1      imagenet/101-exclusive-gating-6          --depth 101 --unit bottleneck-exclusive-gating --unit-arg gate_bias=-6
@@ -113,14 +124,14 @@ rows="
 2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
 
-# Open choices: what the papers do not say, done the other way (ResNet-110; README has them all)
+# Open choices: what the papers do not say, done the other way (ResNet-110)
 open                                 8.70       5      cifar10/110-exclusive-gating-6-gate-bn   --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6 --unit-arg gate_bn=true
 open                                 6.37       5      cifar10/110-preact-raw-shortcut          --depth 110 --unit basic-preact-raw-shortcut
 open                                 fail       5      cifar10/110-rescaled-dropout             --depth 110 --unit basic-rescaled-dropout
 open                                 6.61       5      cifar10/110-decay-all                    --depth 110 --unit basic --decay-all
 open                                 6.61       5      cifar10/110-fan-in                       --depth 110 --unit basic --fan-in
 
-# Not the papers' tables, but an evening on a laptop: the units beside each other in minutes a run
+# The short schedule: not a table of the papers, but all units beside each other in minutes a run
 short                                -          3      short/38-plain                           --depth 38 --unit basic-plain $short
 short                                -          3      short/38                                 --depth 38 --unit basic $short
 short                                -          3      short/38-bn-after-add                    --depth 38 --unit basic-bn-after-add $short
@@ -138,22 +149,8 @@ short                                -          3      short/38-dropout-shortcut
 short                                -          3      short/38-single                          --depth 38 --unit single $short
 short                                -          3      short/38-single-preact                   --depth 38 --unit single-preact $short
 "
-rows=$(sed '/^#/d; /^ *$/d' <<<"$rows")
-all_tags=' '$(cut -d' ' -f1 <<<"$rows" | tr , '\n' | sort -u | tr '\n' ' ')
-
-selected() { # does a word of the command line select the row with these tags and this name?
-    local tags=$1 name=$2 word
-    shift 2
-    [ $# = 0 ] && return 0
-    for word; do
-        if [[ $all_tags = *" $word "* ]]; then
-            [[ ,$tags, = *",$word,"* ]] && return 0
-        else
-            [[ $name = *"$word"* ]] && return 0
-        fi
-    done
-    return 1
-}
+names=$'\n'$(awk '/^[^#]/ {print $4}' <<<"$rows")$'\n'
+all_tags=' '$(awk '/^[^#]/ {print $1}' <<<"$rows" | tr , '\n' | sort -u | tr '\n' ' ')
 
 fail() {
     echo "run_all.sh: $1" >&2
@@ -162,69 +159,155 @@ fail() {
 
 shard=${SHARD:-1/1}
 [[ $shard =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
-    fail "SHARD is $shard, but should be like 2/8: which of how many"
-[[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$JOBS', but should be a whole number"
-[[ ${SEEDS:-1} =~ ^[0-9]+( +[0-9]+)*$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
+    fail "SHARD is '$shard', but should be like 2/8: which of how many"
+jobs=${JOBS:-1}
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$jobs', but should be a whole number"
+[[ ${SEEDS:-1} =~ ^\ *[0-9]+(\ +[0-9]+)*\ *$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
+set -f
+eval "launch=(${LAUNCH:-python})" 2>/dev/null && [ ${#launch[@]} != 0 ] ||
+    fail "LAUNCH is '$LAUNCH', but should be a command"
+set +f
 
-results=results smoke=
-if [ -n "${SMOKE:-}" ]; then
-    results=$(mktemp -d)
-    trap 'rm -rf "$results"' EXIT
+is_row() { [[ $names = *$'\n'"$1"$'\n'* ]]; }
+
+for word; do
+    [[ -n $word && ($all_tags = *" $word "* || $names = *"$word"*) ]] ||
+        { [[ $word =~ ^(.*)/seed[0-9]+$ ]] && is_row "${BASH_REMATCH[1]}"; } ||
+        fail "no row's name contains '$word'; the tables' tags are$all_tags"
+done
+
+smoke=
+if [[ -n ${SMOKE:-} && -z ${LIST:-} ]]; then
     SEEDS=1
     export OMP_NUM_THREADS=1
     smoke="--dataset synthetic --batch-size 8 --micro-batch 4"
 fi
 
-names=$(awk '{print $4}' <<<"$rows")
-for word; do
-    [[ $all_tags = *" $word "* || $names = *"$word"* ]] ||
-        fail "no row's name contains $word; the headings' tags are$all_tags"
-done
+seeds_of() { # the seeds of a row (its tags, number of runs and name) that the words of the command line select
+    local tags=$1 name=$3 all="1 2 3 4 5 6 7 8 9" word seed chosen= seeds=
+    all=${SEEDS:-${all:0:2 * $2 - 1}}
+    shift 3
+    [ $# -gt 0 ] || chosen=$all
+    for word; do
+        if [[ $all_tags = *" $word "* ]]; then
+            [[ ,$tags, != *",$word,"* ]] || chosen+=" $all"
+        elif is_row "$word"; then
+            [ "$name" != "$word" ] || chosen+=" $all"
+        elif [[ $word =~ ^(.*)/seed([0-9]+)$ ]] && is_row "${BASH_REMATCH[1]}"; then
+            [ "$name" != "${BASH_REMATCH[1]}" ] || chosen+=" ${BASH_REMATCH[2]}"
+        elif [[ $name = *"$word"* ]]; then
+            chosen+=" $all"
+        fi
+    done
+    for seed in $chosen; do
+        [[ " $seeds " = *" $seed "* ]] || seeds+=" $seed"
+    done
+    echo $seeds
+}
 
-# The runs: the first seed of every row, then the second of every row, so that a table fills evenly.
-runs=() averages=()
-for ((k = 0; ; k++)); do
-    before=${#runs[@]}
-    while read -r tags paper count name flags; do
-        selected "$tags" "$name" "$@" || continue
-        read -ra seeds <<<"${SEEDS:-1 2 3 4 5}"
-        [ -n "${SEEDS:-}" ] || seeds=("${seeds[@]:0:count}")
-        [ "$k" -lt "${#seeds[@]}" ] || continue
-        run=$name/seed${seeds[k]}
-        case "$name $flags" in
-            *--evaluate*) # of other rows' runs, so after all of them
-                [ -z "$smoke" ] || flags=${flags//seed2/seed1}
-                command="${LAUNCH:-python} imagenet_train.py ${flags// imagenet\// $results/imagenet/}"
-                [ "$k" = 0 ] && averages+=("$run $paper $command --out $results/$run")
-                continue
-                ;;
-            imagenet/*)
-                command="${LAUNCH:-python} imagenet_train.py $flags --seed ${seeds[k]}"
-                command+=${smoke:+ $smoke --images 16 --crop 32 --epochs 1 --workers 0}
-                ;;
-            *)
-                command="python cifar_train.py $flags --seed ${seeds[k]}"
-                command+=${smoke:+ $smoke --images 64 --depth 20 --iterations 4}
-                ;;
+# The runs in the order of the table, and the order in which they start: the first seed of every row, then the second
+# of every row, so that a table fills evenly. A row that averages other rows' runs has one run, after all of them.
+runs=() headings=() order=() heading=
+while read -r tags paper count name flags; do
+    [ "$tags" != "#" ] || heading="# $paper $count $name $flags"
+    [[ -n $tags && $tags != "#" ]] || continue
+    turn=0
+    [[ $flags != *--evaluate* ]] || turn=999999
+    for seed in $(seeds_of "$tags" "$count" "$name" "$@"); do
+        [ $turn != 1000000 ] || break
+        order+=("$turn ${#runs[@]}") turn=$((turn + 1))
+        runs+=("$name/seed$seed $paper $tags $flags") headings+=("$heading")
+    done
+done <<<"$rows"
+order=($(printf '%s\n' "${order[@]}" | sort -n -k1,1 -k2,2 | cut -d' ' -f2 | awk "NR % $n == $i % $n"))
+
+command_of() { # sets a run's name, its paper and tags, and `command`, the words that run it
+    local flags word
+    read -r name paper tags flags <<<"${runs[$1]}"
+    command=(python cifar_train.py)
+    [[ $name != imagenet/* ]] || command=("${launch[@]}" imagenet_train.py)
+    for word in $flags; do
+        [[ $word != imagenet/*/seed* ]] || word=$results/$word
+        [ -z "$smoke" ] || word=${word/%seed2/seed1}
+        command+=("$word")
+    done
+    if [[ $flags != *--evaluate* ]]; then
+        command+=(--seed "${name##*/seed}" $smoke)
+        [ -z "$smoke" ] || case $name in
+            imagenet/*) command+=(--images 16 --crop 32 --epochs 1 --workers 0) ;;
+            *) command+=(--images 64 --depth 20 --iterations 4) ;;
         esac
-        runs+=("$run $paper $command --out $results/$run")
-    done <<<"$rows"
-    [ ${#runs[@]} -gt "$before" ] || break
-done
-runs+=(${averages[@]+"${averages[@]}"})
+    fi
+    command+=(--out "$results/$name")
+}
 
-run() { # one run, its own child; a line in $failed if it fails
-    local name paper command child status lacking stopped=
-    read -r name paper command <<<"$1"
-    [ -e "$results/$name/result.json" ] && return
-    lacking=$(lacking "$command")
+quoted() { # the words as one line that a shell reads back as they are
+    local word text line=
+    for word; do
+        [[ $word =~ ^[[:alnum:]_./:=,-]+$ ]] && text=$word || printf -v text %q "$word"
+        line+=" $text"
+    done
+    echo "${line# }"
+}
+
+if [ -n "${LIST:-}" ]; then
+    costs=$'\n'$(awk -F, 'NR > 1 {
+        h = $2 * $3 / 7200
+        printf "%s about %.*f h%s\n", $1, h < 1 ? 2 : h < 10, h, $4 ? sprintf(", %.1f GB", $4 / 1e9) : ""
+    }' results/costs.csv)$'\n'
+    echo "# name, the paper's number, command # tags; cost; done: the cost in hours on 2 CPU cores that two runs share (JOBS=2)"
+    echo "# and in peak memory, from results/costs.csv: the images of a run, CPU seconds an image, bytes"
+    for r in $(printf '%s\n' ${order[@]+"${order[@]}"} | sort -n); do
+        command_of "$r"
+        [ "${headings[r]}" = "$heading" ] || printf '\n%s (%s)\n' "${headings[r]}" "${tags%%,*}"
+        heading=${headings[r]} row=$'\n'${name%/seed*}
+        [[ $costs != *"$row "* ]] || cost=${costs#*"$row "} tags+="; ${cost%%$'\n'*}"
+        [ ! -e "$results/$name/result.json" ] || tags+="; done"
+        printf '%-44s %-10s %s  # %s\n' "$name" "$paper" "$(quoted "${command[@]}")" "$tags"
+    done
+    exit
+fi
+
+temporary=$(mktemp -d) || exit 1
+trap 'rm -rf "$temporary"' EXIT
+failed=$temporary/failed
+[ -z "$smoke" ] || results=$temporary
+todo=()
+for r in ${order[@]+"${order[@]}"}; do
+    command_of "$r"
+    [ -e "$results/$name/result.json" ] || todo+=("$r")
+done
+[ ${#order[@]} != 0 ] || echo "SHARD=$shard is none of these ${#runs[@]} runs"
+[ ${#todo[@]} = ${#order[@]} ] ||
+    echo "$((${#order[@]} - ${#todo[@]})) of ${#order[@]} runs have a result; SEEDS=\"6 7 8\" or OUT=DIR makes others"
+[ ${#todo[@]} != 0 ] || exit 0
+for word in python "${launch[0]}"; do
+    command -v "$word" >/dev/null || fail "there is no $word: activate the environment that holds it (. venv/bin/activate)"
+done
+
+# The GPUs that may be used. A run that starts here takes one of them; what LAUNCH starts keeps all.
+IFS=$', \n' read -rd '' -a gpus \
+    <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')}"
+
+run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed if it fails
+    local name paper tags command word child status lacking= stopped= log=$failed.$2
+    command_of "$1"
+    for word in "${command[@]:0:${#command[@]}-2}"; do
+        [[ $word != "$results"/*/seed* || -e $word/result.json ]] || lacking+=" $word"
+    done
     [ -z "$lacking" ] || {
-        echo "$name waits for the runs that it averages: ${lacking//$'\n'/ }"
+        echo "$name waits for the runs that it averages:$lacking"
         [ -z "$smoke" ] || echo "  $name" >>"$failed"
         return
     }
-    echo "$name (the paper: $paper): $command"
-    $command &
+    [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = imagenet/*) ]] ||
+        export CUDA_VISIBLE_DEVICES=${gpus[((i - 1) * jobs + $2) % ${#gpus[@]}]}
+    if [ -z "$smoke" ]; then
+        echo "$name (the paper: $paper): $(quoted "${command[@]}")"
+        "${command[@]}" &
+    else
+        "${command[@]}" >"$log" 2>&1 &
+    fi
     child=$!
     trap 'stopped=1; kill -TERM $child' INT TERM # it saves its state and ends
     wait $child
@@ -233,48 +316,40 @@ run() { # one run, its own child; a line in $failed if it fails
         wait $child
         status=$?
     done
+    [ -z "$smoke" ] || case $status in
+        0) echo "$name: ran" ;;
+        *) log=$(<"$log") && echo "$name: ${log//"$results/"/}" ;; # without the folder, which will be gone
+    esac
     case $status in
         0) return ;;
-        130 | 143 | 1) [ -n "$stopped" ] && return ;; # the next call continues it; stopped, torchrun itself says 1
-        2) busy "$results/$name" && echo "$name: left to the program that is running it" && return ;;
+        3) echo "$name: left to the program that is running it" && return ;;
+        130 | 143 | 1) [ -z "$stopped" ] || return ;; # the next call continues it; stopped, torchrun itself says 1
     esac
     echo "  $name (exit status $status)" >>"$failed"
 }
 
-lacking() { # the runs that a command evaluates and that have not finished
-    local word
-    [[ $1 = *--evaluate* ]] && for word in ${1%--out*}; do
-        [[ $word != */seed* || -e $word/result.json ]] || echo "$word"
+full() { # does a run occupy each of the JOBS slots? If not, sets `slot` to a free one
+    for ((slot = 0; slot < jobs; slot++)); do
+        [ -n "${pids[slot]:-}" ] && kill -0 "${pids[slot]}" 2>/dev/null || return 1
     done
 }
 
-busy() { # does another program hold the run's folder?
-    command -v flock >/dev/null && [ -e "$1/.lock" ] && ! flock -n "$1/.lock" true
-}
+running() { [ -n "$(jobs -rp)" ]; }
 
-if [ -n "${LIST:-}" ]; then
-    for ((r = i - 1; r < ${#runs[@]}; r += n)); do
-        read -r name paper command <<<"${runs[r]}"
-        printf '%-44s %-10s %s\n' "$name" "$paper" "$command"
-    done
-    exit
-fi
+wait_while() { while [ -z "$stopped" ] && "$1"; do wait -n || sleep 0.1; done; }
 
-failed=$(mktemp)
-trap 'rm -rf "$failed" ${smoke:+"$results"}' EXIT
 trap 'stopped=130' INT
 trap 'stopped=143' TERM
-stopped=
-jobs=${JOBS:-1} cores=$(getconf _NPROCESSORS_ONLN)
+stopped= pids=() cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
-for ((r = i - 1; r < ${#runs[@]}; r += n)); do
-    # an average waits for the runs before it
-    while [ -z "$stopped" ] && [[ ${runs[r]} = *--evaluate* ]] && [ -n "$(jobs -rp)" ]; do wait -n || sleep 0.1; done
-    run "${runs[r]}" &
-    while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || sleep 0.1; done
+for r in "${todo[@]}"; do
+    [[ ${runs[r]} != *--evaluate* ]] || wait_while running # an average waits for the runs before it
+    wait_while full
     [ -z "$stopped" ] || break
+    run "$r" "$slot" &
+    pids[slot]=$!
 done
-while [ -z "$stopped" ] && [ -n "$(jobs -rp)" ]; do wait -n || sleep 0.1; done
+wait_while running
 if [ -n "$stopped" ]; then
     trap '' INT TERM
     jobs -rp | xargs kill -TERM 2>/dev/null

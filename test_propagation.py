@@ -1,6 +1,7 @@
-"""What propagation.py calls the gradient on the shortcuts, against eqs (5)-(8) of [2]."""
+"""propagation.py: the gradient on the shortcuts against eqs (5)-(8) of [2], and the responses of [1] Fig. 7."""
 
 import csv
+import json
 import pathlib
 import re
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
+import data
 import models
 import propagation
 import units
@@ -18,7 +21,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def propagate(unit, arguments, depth=20, change=lambda net: None):
-    """propagation.propagate on a new net in float64, changed before."""
+    """propagation.propagate on an untrained net in float64, after a change to it."""
     torch.manual_seed(0)
     net = models.cifar_resnet(depth, unit, **arguments).double()
     change(net)
@@ -26,7 +29,7 @@ def propagate(unit, arguments, depth=20, change=lambda net: None):
 
 
 def stages(values):
-    """Without those beside a change of the shape: of each stage, what is separated by identities alone."""
+    """The values of each stage that have only identities between them: those beside a change of shape are left out."""
     n = (len(values) - 1) // 3
     return [values[1 + stage * n : 1 + (stage + 1) * n] for stage in range(3)]
 
@@ -36,7 +39,7 @@ def stages(values):
     (units.BasicPreAct, units.BasicReLUPreAct, units.BasicReLUBeforeAdd, units.SinglePreAct, units.BottleneckPreAct),
 )
 def test_an_identity_hands_the_gradient_on(unit):
-    """Eq. (5): of the last unit's gradient everything arrives, element by element, whatever the weights are."""
+    """Eq. (5): all of the last unit's gradient arrives, element by element, whatever the weights are."""
     depth = 29 if unit.weights == 3 else 20
     _, gradients, parts = propagate(unit, {}, depth)
     assert torch.equal(parts[-1], gradients[-1])
@@ -45,7 +48,7 @@ def test_an_identity_hands_the_gradient_on(unit):
         for p in part:
             torch.testing.assert_close(p, part[-1], rtol=1e-6, atol=0)
     torch.testing.assert_close(parts[-2], gradients[-1], rtol=1e-6, atol=0)  # the loss's own
-    assert not torch.allclose(gradients[-2], gradients[-1])  # and F's part is not in it
+    assert not torch.allclose(gradients[-2], gradients[-1])  # so the part leaves out what came through F
 
 
 def test_one_half_on_the_shortcut_halves_it_at_every_unit():
@@ -66,9 +69,9 @@ def test_a_relu_after_the_addition_costs_more_than_one_half():
 
 @pytest.mark.parametrize("name", propagation.NETS)
 def test_without_f_all_of_the_gradient_is_on_the_shortcuts(name):
-    """F = 0 leaves eq. (7)'s product alone: the part is the whole, and within a stage its factor is the lambda that the
-    page states (W_g = 0, so that a gate is sigmoid(b_g); evaluating, so that dropout is its expectation and BN does
-    nothing; the last stage's first and last unit left out, whose ReLU meets new zeros)."""
+    """F = 0 leaves eq. (7)'s product alone: the part is the whole, and within a stage each unit multiplies it by the
+    lambda that the page states. (With W_g = 0 a gate is sigmoid(b_g); in evaluation mode dropout is its expectation and
+    BN does nothing. The first and last unit of the last stage are left out: their ReLU meets new zeros.)"""
     unit, arguments, scale = propagation.NETS[name]
 
     def change(net):
@@ -87,7 +90,7 @@ def test_without_f_all_of_the_gradient_is_on_the_shortcuts(name):
 
 
 def test_gates_are_numbers_on_the_shortcuts():
-    """Eq. (8)'s lambda is 1 - g(x), element by element, and W_g's own gradient is not on the shortcut."""
+    """Eq. (8)'s lambda is 1 - g(x), element by element, and the gradient through W_g does not count."""
     nets = []
     _, _, parts = propagate(units.BasicShortcutGating, {"gate_bias": 0.0}, change=nets.append)
     x, gradients, _ = propagate(units.BasicShortcutGating, {"gate_bias": 0.0})
@@ -104,13 +107,15 @@ def test_dropout_drops_the_same_elements_again():
 
 
 def test_files_and_bad_depths(tmp_path, monkeypatch, capsys):
+    nets = ("plain", "original, Fig. 2(a)", "dropout shortcut, Fig. 2(f)")  # every line of `draw` and `page`
+    monkeypatch.setattr(propagation, "NETS", {name: propagation.NETS[name] for name in nets})
     monkeypatch.setattr(propagation, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["propagation.py", "--depth", "8"])
     assert propagation.main() == 0
     files = {path.name: path for path in (tmp_path / "results").iterdir()}
     assert set(files) == {f"propagation-8.{suffix}" for suffix in ("csv", "md", "svg", "png")}
     text = files["propagation-8.md"].read_text()
-    assert text == capsys.readouterr().out[:-1] and "What one should see" in text and "(propagation-8.svg)" in text
+    assert text == capsys.readouterr().out[:-1] and "What to look for" in text and "(propagation-8.svg)" in text
     rows = list(csv.DictReader(open(files["propagation-8.csv"])))
     assert [row["l"] for row in rows] == ["0", "1", "2", "3"] * len(propagation.NETS)
     assert all(float(row["gradient"]) == 1 for row in rows[3::4])
@@ -118,12 +123,61 @@ def test_files_and_bad_depths(tmp_path, monkeypatch, capsys):
     assert propagation.main() == 2 and "near it 8 and 14" in capsys.readouterr().err
 
 
-def test_the_committed_page_is_of_the_committed_figures():
-    found = {}
+def test_the_committed_page_is_of_the_committed_numbers():
+    measured = {}
     for row in csv.DictReader(open(HERE / "results" / "propagation.csv")):
         values = [row[key] for key in ("signal", "gradient", "on_shortcuts", "predicted")]
-        found.setdefault(row["net"], []).append([float(value) if value else None for value in values])
-    assert [len(values) for values in found.values()] == [55] * len(propagation.NETS)
+        measured.setdefault(row["net"], []).append([float(value) if value else None for value in values])
+    assert [len(values) for values in measured.values()] == [55] * len(propagation.NETS)
     text = (HERE / "results" / "propagation.md").read_text()
-    assert text == propagation.page(found, "propagation.svg"), "run python propagation.py"
+    assert text == propagation.page(measured, "propagation.svg"), "run python propagation.py"
     assert re.search(r"\| full pre-activation, Fig. 4\(e\) \| 1 \| 1 \| [\d.]+ \| 1.000 \|", text)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The folder of a run of a 14-layer net of a unit, and images for it."""
+    monkeypatch.setattr(data, "load_cifar", lambda dataset, root, limit: (None, None, images))
+    torch.manual_seed(0)
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+
+    def make(name):
+        net = models.cifar_resnet(14, units.UNITS[name])
+        state = {"model": net.state_dict(), "mean": torch.full((3, 32, 32), 120.0), "std": torch.ones(3, 1, 1)}
+        state |= {"schema": checkpoint.SCHEMA, "flags": {}}
+        torch.save(state, tmp_path / "checkpoint.pt")
+        config = {"depth": 14, "unit": name, "unit_args": {"option": "A"}, "dataset": "synthetic", "data": None}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr(sys, "argv", ["propagation.py", "--responses", str(tmp_path)])
+        return net, (images - state["mean"]) / state["std"]
+
+    return make
+
+
+def test_responses_are_the_std_after_bn(trained, tmp_path, capsys):
+    """[1] Fig. 7 on a small net, against the same numbers taken unit by unit."""
+    net, x = trained("basic")
+    assert propagation.main() == 0 and capsys.readouterr().out == f"{tmp_path / 'responses.csv'}\n"
+    measured = [float(row["std"]) for row in csv.DictReader(open(tmp_path / "responses.csv"))]
+    with torch.inference_mode():
+        x = net.eval().stem[1](net.stem[0](x))
+        expected = [x.std()]
+        x = x.relu()
+        for unit in (unit for stage in net.stages for unit in stage):
+            expected += [unit.bn1(unit.conv1(x)).std(), unit.residual(x).std()]
+            x = unit(x)
+    assert len(measured) == 13 and measured == pytest.approx([std.item() for std in expected], abs=1e-3)
+
+
+def test_runs_without_responses(trained, tmp_path, monkeypatch, capsys):
+    trained("basic-preact")
+    assert propagation.main() == 2 and "basic-preact has it elsewhere" in capsys.readouterr().err
+    trained("basic")
+    state = checkpoint.load(tmp_path)
+    torch.save({name: state[name] for name in ("model", "schema", "flags")}, tmp_path / "checkpoint.pt")
+    assert propagation.main() == 2 and "is not a run of cifar_train.py" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").unlink()
+    assert propagation.main() == 2 and "holds no checkpoint" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert propagation.main() == 2 and "there is no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "responses.csv").exists()

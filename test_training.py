@@ -1,5 +1,5 @@
 """What data.py and cifar_train.py do: the recipe against a naive second implementation, the data, equality over
-processes, the command line and run_all.sh. No test looks at a clock."""
+processes and the command line. No test looks at a clock."""
 
 import ast
 import csv
@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -654,151 +653,6 @@ def test_help_is_grouped_and_shows_defaults(start):
         assert group in printed
     for default in ("(default cifar10)", "(default 0.1)", "(default 64000; resnet-1k-layers 156250)", "(default 1)"):
         assert default in printed
-
-
-# run_all.sh
-
-
-def run_all(*words, cwd=HERE, path=None, **variables):
-    path = f"{path or pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {name: value for name, value in os.environ.items() if name not in ("SEEDS", "SHARD")} | variables
-    done = subprocess.run(
-        ["bash", "run_all.sh", *words],
-        cwd=cwd,
-        env=variables | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def listed(*words, **variables):
-    status, printed, _ = run_all(*words, LIST="1", **variables)
-    assert status == 0
-    return printed.splitlines()
-
-
-def test_every_row_is_a_command_that_parses(flags):
-    lines = listed(SEEDS="1") + listed("110-relu-preact")
-    names = [line.split()[0] for line in lines]
-    assert len(set(names)) == len(names) - 1
-    lines = [line for line in lines if not line.startswith("imagenet")]  # those: test_imagenet.py
-    for line in lines:
-        name, paper, *command = line.split()
-        assert command[:2] == ["python", "cifar_train.py"] and "--unit" in command and "--depth" in command
-        args = flags(*command[2:])
-        seed = name.rpartition("/seed")[2]
-        assert args.out == f"results/{name}" and args.seed == int(seed)
-        assert re.fullmatch(r"fail|-|[\d.]+(,[\d.]+)?", paper)
-        assert ("plain" in args.unit) == ("plain" in name) and ("cifar100" == args.dataset) == ("cifar100" in name)
-        assert str(args.depth) == re.search(r"/(\d+)", name)[1]
-        assert args.recipe == ("resnet-1k-layers" if "batch64" in name else "paper")
-        depths = ("cifar10/20", "cifar10/32", "cifar10/44", "cifar10/56")  # [1]'s alone, without warm-up
-        warmup = 0 if name.startswith(depths) or "batch64" in name else 100 if name.startswith("short") else 400
-        assert args.warmup == warmup
-        scales = re.search(r"scaling-([\d.]+)-([\d.]+)/", name)
-        if scales:
-            assert [args.unit_args["shortcut_scale"], args.unit_args["residual_scale"]] == [
-                *map(float, scales.groups())
-            ]
-        bias = re.search(r"gating-(\d+)", name)
-        if bias:
-            assert args.unit_args["gate_bias"] == -int(bias[1])
-            assert args.unit_args["gate_bn"] == ("gate-bn" in name)
-        assert (args.decay_all, args.fan_in) == ("decay-all" in name, "fan-in" in name)
-        body = "single" if "single" in name else "bottleneck" if args.depth in (164, 1001) else "basic"
-        panel = re.sub(r"^.*?/\d+|-batch64|-decay-all|-fan-in|(-[\d.]+)+(-gate-bn)?$", "", name.rpartition("/")[0])
-        assert args.unit == body + panel.replace("-single", "")
-
-
-def test_rows_of_the_tables():
-    rows = {"2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16}
-    rows |= {"1-table2": 4, "1-table3": 7, "1-table4": 5, "1-table5": 1, "2-table5": 5, "2-section5": 7, "open": 9}
-    one = {tag: listed(tag, SEEDS="1") for tag in rows}
-    assert {tag: len(lines) for tag, lines in one.items()} == rows
-    everything = listed(SEEDS="1")
-    assert set(everything) == set().union(*one.values())
-    figures = {line.split()[0]: line.split()[1] for line in everything}
-    assert figures["cifar10/110-exclusive-gating-6/seed1"] == "8.70" and figures["cifar10/1001-preact/seed1"] == "4.92"
-    biases = [line for line in one["2-table1"] if "exclusive" in line]
-    assert {int(re.search(r"gate_bias=(-?\d+)", line)[1]) for line in biases} == set(range(-10, 1))
-    assert len(listed("2-table5")) == 6 and len(listed("imagenet", SEEDS="1 2")) == 2 * 19 + 1  # one ensemble of both
-    assert len(listed("cifar10/164-preact", SEEDS="1")) == 1 and len(listed("cifar10/164-preact")) == 5
-    assert len(listed("cifar10/56")) == 2  # ResNet-56 and plain-56, one run each as in [1]
-    assert run_all("no-such-row", LIST="1")[0] == 2 and run_all("164", "typo", LIST="1")[0] == 2
-    assert run_all(SHARD="3/2", LIST="1")[0] == 2 and run_all(SEEDS="one", LIST="1")[0] == 2
-
-
-def test_shards_are_a_partition():
-    for words, seeds in (((), ""), (("2-table1", "164"), "3 4")):
-        for n in (1, 2, 5, 8):
-            parts = [listed(*words, SEEDS=seeds, SHARD=f"{i}/{n}") for i in range(1, n + 1)]
-            assert sorted(sum(parts, [])) == sorted(listed(*words, SEEDS=seeds))
-
-
-def test_run_all_goes_on_after_a_failure_and_skips_what_is_done(tmp_path):
-    """With a python that fails on ResNet-32 and writes a result otherwise."""
-    start = fake_runs(tmp_path, 'case "$*" in *"--depth 32"*) exit 1;; esac\necho > "$out/result.json"\n')
-    status, _, errors = start("1-fig6", SEEDS="1")
-    assert status == 1 and "cifar10/32-plain/seed1 (exit status 1)" in errors and "20-plain" not in errors
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 5 and (tmp_path / "results/cifar10/56-plain/seed1/result.json").exists()
-    start("1-fig6", SEEDS="1")
-    assert (tmp_path / "calls").read_text().splitlines()[5:] == [call for call in calls if "/32-plain" in call]
-
-
-def fake_runs(tmp_path, script):
-    """run_all.sh in a folder of its own, with a python that runs a script; its last word is the run's folder."""
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/bash\nout="${@: -1}"\nmkdir -p "$out"\necho "$out" >> calls\n' + script)
-    fake.chmod(0o755)
-    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
-    return lambda *words, **variables: run_all(*words, cwd=tmp_path, path=fake.parent, **variables)
-
-
-def test_jobs_side_by_side(tmp_path):
-    """Each run once, two at a time: every one waits until another has begun, which one at a time would never see."""
-    wait = 'for i in {1..200}; do [ "$(wc -l < calls)" -gt 1 ] && break; sleep 0.05; done\n'
-    wait += '[ "$(wc -l < calls)" -gt 1 ] && echo "$OMP_NUM_THREADS" > "$out/result.json"\n'
-    status, _, errors = fake_runs(tmp_path, wait)("1-fig6", "1-table6", SEEDS="1", JOBS="2", OMP_NUM_THREADS="")
-    assert (status, errors) == (0, "")
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) == 11 == len(list(tmp_path.glob("results/*/*/*/result.json")))
-
-
-def test_ctrl_c_stops_every_job(tmp_path):
-    fake_runs(tmp_path, 'trap "echo $out >> stopped; exit 143" TERM\nfor i in {1..600}; do sleep 0.1; done\n')
-    variables = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "JOBS": "3"}
-    process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=variables, start_new_session=True)
-    while not (tmp_path / "calls").exists() or len((tmp_path / "calls").read_text().splitlines()) < 3:
-        assert process.poll() is None
-    time.sleep(0.5)  # for the last one's trap
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    assert process.wait(timeout=30) == 130
-    calls, stopped = ((tmp_path / name).read_text().splitlines() for name in ("calls", "stopped"))
-    assert len(calls) == 3 and sorted(calls) == sorted(stopped)
-
-
-def test_a_row_that_another_program_runs_is_left_to_it(tmp_path):
-    """As cifar_train.py does it: status 2 while another program holds the folder's lock."""
-    start = fake_runs(tmp_path, '[ "$1" = cifar_train.py ] && exit 2\n')
-    folder = tmp_path / "results/cifar10/20-plain/seed1"
-    folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        status, printed, errors = start("20-plain")
-        assert status == 0 and "left to the program that is running it" in printed
-    status, printed, errors = start("20-plain")  # nobody holds it: bad input
-    assert status == 1 and "cifar10/20-plain/seed1 (exit status 2)" in errors
-
-
-def test_smoke_of_two_rows():
-    before = sorted(HERE.glob("results/**/*"))
-    status, printed, _ = run_all("cifar100/1001-preact", "short/38-single-preact", SMOKE="1")
-    assert status == 0 and printed.count("finished: test error") == 2
-    assert sorted(HERE.glob("results/**/*")) == before
 
 
 # What the project promises of its own text

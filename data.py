@@ -1,17 +1,22 @@
-"""CIFAR in memory, augmented by one gather a batch; ImageNet from folders, augmented by workers; the papers' test
-views; a synthetic stand-in for either."""
+"""CIFAR in memory, augmented by one gather per batch; ImageNet from folders, augmented by worker processes; the papers'
+test views; and a synthetic stand-in for each data set."""
 
+import contextlib
 import fcntl
 import functools
+import hashlib
+import itertools
 import math
 import os
 import pathlib
+import pickle
+import signal
+import sys
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader
 
 # CIFAR
 
@@ -19,55 +24,85 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "synthetic": 10}
 
 
 def load_cifar(dataset, root, limit=0):
-    """The training and test images (N, 3, 32, 32) and labels (N,) of a data set, uint8 and int64, on the CPU.
+    """The training and test images (N, 3, 32, 32) and labels (N,) of a data set: uint8 and int64, on the CPU.
 
-    dataset: "cifar10", "cifar100", which are downloaded to `root` when absent, or "synthetic", which needs nothing.
-    With a limit, only the first images of each set.
-    Raises ValueError when a file is not the published one, or absent and not to be had.
+    dataset: "cifar10" or "cifar100", downloaded to `root` if absent, or "synthetic", which needs no files.
+    limit: how many images of each set, the first ones; 0 for all.
+    Raises ValueError when a file is damaged, or is absent and cannot be downloaded.
     """
     if dataset == "synthetic":
         return synthetic_cifar(limit or 50_000, limit or 10_000)
-    from torchvision import datasets
-    from torchvision.datasets.utils import check_md5
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
-    folder = pathlib.Path(root, kind.base_folder)
-    files = [(folder / name, md5) for name, md5 in kind.train_list + kind.test_list]
-    files.append((folder / kind.meta["filename"], kind.meta["md5"]))
-    missing = [path for path, _ in files if not path.exists()]
+    published = cifar(dataset)
+    folder = pathlib.Path(root, published.base_folder)
+    parts = published.train_list, published.test_list
+    names = [name for part in parts for name, _ in part] + [published.meta["filename"]]
+    missing = [folder / name for name in names if not (folder / name).exists()]
     if missing:
-        download(kind, root, missing[0])
-    for path, md5 in files:
-        if not check_md5(path, md5):
-            raise ValueError(
-                f"{path} is damaged: its MD5 is not the published one. Delete {folder} and it is downloaded again"
-            )
-    images, labels = [], []
-    for train in (True, False):
-        part = kind(root, train)
-        part.data, part.targets = part.data[: limit or None], part.targets[: limit or None]
-        images.append(torch.from_numpy(np.ascontiguousarray(part.data)).permute(0, 3, 1, 2))  # channels_last in memory
-        labels.append(torch.tensor(part.targets))
-    return images[0], labels[0], images[1], labels[1]
+        download(published, root, missing[0])
+    loaded = []
+    for part in parts:
+        contents = [read_cifar(folder / name, md5) for name, md5 in part]
+        images = torch.from_numpy(np.concatenate([content["data"] for content in contents])).view(-1, 3, 32, 32)
+        labels = [label for content in contents for label in content.get("labels") or content["fine_labels"]]
+        loaded.append(images[: limit or None].contiguous(memory_format=torch.channels_last))
+        loaded.append(torch.tensor(labels[: limit or None]))
+    return tuple(loaded)
 
 
-def download(kind, root, missing):
-    """Fetch a torchvision data set; of several programs that want it one does, the others wait."""
-    pathlib.Path(root).mkdir(parents=True, exist_ok=True)
-    with open(pathlib.Path(root, ".download.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            kind(root, download=True)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"there is no {missing}, and {kind.url} could not be downloaded ({error}). Download it elsewhere "
-                f"and unpack it in {root}, or say with --data where it lies. --dataset synthetic needs no download"
-            ) from None
+def class_names(dataset, root):
+    """The published names of the classes of a data set that load_cifar has loaded, in the order of the labels. Raises
+    ValueError when their file is damaged."""
+    if dataset == "synthetic":
+        return SyntheticImages.classes
+    published = cifar(dataset)
+    path = pathlib.Path(root, published.base_folder, published.meta["filename"])
+    return read_cifar(path, published.meta["md5"])[published.meta["key"]]
+
+
+def cifar(dataset):
+    """torchvision's class of a data set, which knows its published files and their checksums."""
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+
+
+def read_cifar(path, md5):
+    """The content of one of CIFAR's pickled files, a dict. Raises ValueError unless it is the published file."""
+    content = path.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(
+            f"{path} is damaged: its MD5 is not the published one. Delete {path.parent} and it is downloaded again"
+        )
+    return pickle.loads(content, encoding="latin1")
+
+
+def download(published, root, missing):
+    """Download one of torchvision's data sets. Of several programs that need it one does so while the others wait."""
+    try:
+        pathlib.Path(root).mkdir(parents=True, exist_ok=True)
+        with open(pathlib.Path(root, ".download.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:  # Lustre and some NFS have no locks
+                warn(f"{root} cannot be locked ({error}): start only one program until its data set is downloaded")
+            published(root, download=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"there is no {missing}, and {published.url} could not be downloaded ({error}). Download it elsewhere and "
+            f"unpack it in {root}, or name the folder that holds it with --data. --dataset synthetic needs no download"
+        ) from None
+
+
+def warn(sentence):
+    """Print a sentence to the error stream, once for all the processes that torchrun started together."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that is closed, or full
+            print(sentence, file=sys.stderr, flush=True)
 
 
 def synthetic_cifar(train, test):
-    """A learnable stand-in for CIFAR-10, the same at every call: each class is a smooth pattern of colours, seen
-    through another smooth pattern of the image's own and noise."""
+    """A learnable stand-in for CIFAR-10, the same at every call: each class is a smooth pattern of colours, which an
+    image shows under a smooth pattern of its own and noise."""
     rng = np.random.default_rng(2016)
     patterns = rng.normal(0, 36, (10, 8, 8, 3)).astype(np.float32)
     labels = rng.integers(0, 10, train + test)
@@ -79,10 +114,10 @@ def synthetic_cifar(train, test):
 
 
 def normalisation(images, recipe):
-    """What is subtracted from an image (3, 32, 32) and what it is divided by (3, 1, 1), in grey levels of 0 ... 255.
+    """What is subtracted from an image (3, 32, 32), and what it is then divided by (3, 1, 1), in grey levels 0 ... 255.
 
-    "paper": the mean of each pixel, and 1 ([1] Section 4.2); "resnet-1k-layers": mean and standard deviation of each
-    channel over all pixels of all images.
+    "paper": the mean of each pixel, and 1 ([1] Section 4.2). "resnet-1k-layers": the mean and the standard deviation of
+    each channel over all pixels of all images.
     """
     if recipe == "paper":
         return images.sum(dim=0, dtype=torch.int64).double().div(len(images)).float(), torch.ones(3, 1, 1)
@@ -94,18 +129,20 @@ def normalisation(images, recipe):
 
 
 def every_crop(images):
-    """All 9 x 9 crops of images (..., 3, 32, 32) padded by 4 zeros on each side, and of their mirror images, as a view
-    (2, ..., 9, 9, 3, 32, 32)."""
+    """All 9 x 9 crops of images (..., 3, 32, 32) that are padded with 4 zeros on each side, and of their mirror images:
+    a view (2, ..., 9, 9, 3, 32, 32)."""
     both = torch.stack([images, images.flip(-1)]).movedim(-3, -1)
     padded = pad(both, (0, 0, 4, 4, 4, 4)).contiguous()  # (2, ..., 40, 40, 3)
     return padded.unfold(-3, 32, 1).unfold(-3, 32, 1)
 
 
 def augment(crops, mean_crops, std, draws):
-    """The images (B, 3, 32, 32) of draws (4, B): shifted by up to 4 pixels, half of them flipped ([1] Section 4.2).
+    """The images (B, 3, 32, 32) that draws (4, B) pick: shifted by up to 4 pixels, half of them flipped ([1] Section
+    4.2).
 
-    crops and mean_crops come from `every_crop` of the training images and of their mean: subtracting the same crop of
-    both is, bit for bit, subtracting the mean first and padding with zeros then. A std of None divides by nothing.
+    crops and mean_crops: `every_crop` of the training images and of their mean. Subtracting one crop from the other is,
+    bit for bit, subtracting the mean first and then padding with zeros.
+    std: None stands for 1 and saves the division.
     """
     index, row, column, flip = draws
     column = torch.where(flip.bool(), 8 - column, column)  # in the mirror image
@@ -115,47 +152,48 @@ def augment(crops, mean_crops, std, draws):
 
 @functools.lru_cache(maxsize=2)
 def epoch_draws(seed, epoch, n, device):
-    """What an epoch over n images draws, a pure function of (seed, epoch): int64 (4, n), whose rows are the images'
-    indices in random order, the crop's row and column (0 ... 8, 4 being no shift), and 1 for a flip."""
+    """The random numbers of an epoch over n images, a pure function of (seed, epoch): int64 (4, n). Its rows are the
+    images' indices in random order, the crop's row, its column (0 ... 8; 4 is no shift), and 1 for a flip."""
     rng = np.random.default_rng((seed, epoch))
     draws = np.stack([rng.permutation(n), rng.integers(0, 9, n), rng.integers(0, 9, n), rng.integers(0, 2, n)])
     return torch.from_numpy(draws).to(device)
 
 
 def batch_draws(seed, iteration, batch_size, n, device):
-    """The draws (4, batch_size) of an iteration. The epochs' permutations end to end are one endless stream, of which
-    iteration t reads [t * batch_size, (t + 1) * batch_size)."""
-    parts, first, last = [], iteration * batch_size, (iteration + 1) * batch_size
-    while first < last:
-        epoch, start = divmod(first, n)
-        parts.append(epoch_draws(seed, epoch, n, device)[:, start : start + last - first])
-        first += parts[-1].shape[1]
+    """The draws (4, batch_size) of an iteration. The epochs' permutations, end to end, form one endless stream, and
+    iteration t reads [t * batch_size, (t + 1) * batch_size) of it."""
+    first, last = iteration * batch_size, (iteration + 1) * batch_size
+    epochs = range(first // n, math.ceil(last / n))
+    parts = [epoch_draws(seed, e, n, device)[:, max(first - e * n, 0) : last - e * n] for e in epochs]
     return torch.cat(parts, dim=1)
 
 
 # ImageNet
 
-# Of RGB in 0 ... 1, fb.resnet.torch's: mean and standard deviation of each channel, principal components of the colours
+# Of RGB in 0 ... 1, from fb.resnet.torch: the channels' mean and standard deviation, the colours' principal components
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 
 def load_imagenet(dataset, root, limit=0):
-    """The training and the validation images. Raises ValueError when their classes differ; else see `imagenet_part`."""
+    """The training and the validation images: see `imagenet_part`. Raises ValueError also when their classes differ."""
     train, val = (imagenet_part(dataset, root, part, limit) for part in ("train", "val"))
     differ = sorted({*train.classes} ^ {*val.classes})
     if differ:
         only = "train" if differ[0] in train.classes else "val"
-        raise ValueError(f"{root}: train and val differ in {len(differ)} classes: {differ[0]} is in {only} alone")
+        raise ValueError(f"{root}: {len(differ)} classes are not in both train and val: {differ[0]} is only in {only}")
     return train, val
 
 
 def imagenet_part(dataset, root, part, limit=0):
-    """The images of a part, "train" or "val", opened by index.
+    """The images of a part, "train" or "val", to be opened by index.
 
-    dataset: "imagenet", in root/train/<class>/ and root/val/<class>/, or "synthetic", which needs nothing: `limit`
-    images of 10 classes, and a fifth as many for validation. Raises ValueError when the folder is not such.
+    dataset: "imagenet", in root/train/<class>/ and root/val/<class>/, or "synthetic", which needs no files: `limit`
+    training images of 10 classes and a fifth as many validation images.
+    Raises ValueError when the folder does not have that form.
     """
     if dataset == "synthetic":
         return SyntheticImages(limit, 0) if part == "train" else SyntheticImages(math.ceil(limit / 5), limit)
@@ -163,29 +201,34 @@ def imagenet_part(dataset, root, part, limit=0):
 
 
 class ImageFiles:
-    """The images of a folder of class folders. Raises ValueError when it is none."""
+    """The pictures in a folder that holds one folder per class, at any depth. Hidden files and folders (.name) are
+    neither pictures nor classes. Raises ValueError when a folder cannot be read, a class has no pictures, or pictures
+    lie beside the folders of the classes."""
 
     def __init__(self, folder):
-        from torchvision.datasets import ImageFolder
-
         if not folder.is_dir():
             raise ValueError(
                 f"there is no folder {folder}: ImageNet is expected as train/<class>/*.JPEG and val/<class>/*.JPEG in "
-                f"{folder.parent}. Say with --data where it lies; --dataset synthetic needs none"
+                f"{folder.parent}. Name the folder that holds it with --data; --dataset synthetic needs none"
             )
-        try:
-            found = ImageFolder(folder)
-            hidden = [name for name in found.classes if name.startswith(".")]
-            if hidden:
-                raise FileNotFoundError(f"{folder / hidden[0]} is no class.")
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{error} A folder that is no class has to go; how val's images are sorted into the folders of their "
-                "classes: README.md, ImageNet"
-            ) from None
-        self.classes, self.labels = found.classes, np.array(found.targets)
-        # one array: of a million names in a list every worker would end up with a copy
-        self.names = np.array([os.fsencode(name) for name, _ in found.samples])
+        _, classes, files = next(visible(folder))
+        beside = sorted(filter(is_picture, files))
+        if beside or not classes:
+            held = f"{len(beside)} pictures beside its folders, such as {beside[0]}" if beside else "no folders"
+            raise ValueError(f"{folder} holds {held}: sort them into one folder per class (README.md, ImageNet)")
+        self.classes, paths, labels, others = sorted(classes), [], [], []
+        for label, name in enumerate(self.classes):
+            files = [os.path.join(place, file) for place, _, files in sorted(visible(folder / name)) for file in files]
+            pictures = [path for path in files if is_picture(path)]
+            if not pictures:
+                raise ValueError(f"{folder / name} holds no pictures: remove it if it is not a class")
+            paths += pictures
+            labels += [label] * len(pictures)
+            others += sorted({*files} - {*pictures})
+        if others:
+            warn(f"{folder}: {len(others)} files are left out, as they are not named like pictures: {others[0]}, ...")
+        self.labels = np.array(labels)
+        self.names = np.array([os.fsencode(path) for path in paths])  # a list would be copied into every worker
 
     def __len__(self):
         return len(self.labels)
@@ -197,9 +240,24 @@ class ImageFiles:
         return Image.open(self.name(index))
 
 
+def visible(folder):
+    """os.walk without hidden files and folders. Raises ValueError when a folder cannot be read."""
+
+    def refuse(error):
+        raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield place, folders, sorted(name for name in files if not name.startswith("."))
+
+
+def is_picture(path):
+    return path.lower().endswith(SUFFIXES)
+
+
 class SyntheticImages:
     """A learnable stand-in for n of ImageNet's images, the same at every call: each class is a smooth pattern of
-    colours, seen through another smooth pattern of the image's own."""
+    colours, which an image shows under a smooth pattern of its own."""
 
     classes = [f"class{c}" for c in range(10)]
 
@@ -221,24 +279,29 @@ class SyntheticImages:
 
 @functools.cache
 def jpeg_decoder():
-    """torchvision's reading of a JPEG file into (3, H, W): the bits of PIL in two thirds of the time. None where there
-    is none, as torchvision 0.29 has deprecated it."""
+    """torchvision's decoder of JPEG files, path to uint8 (3, H, W): the same pixels as PIL's in two thirds of the time.
+    None where torchvision has none: 0.29 has deprecated it."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+        from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:
         return None
-    return lambda path: decode_jpeg(read_file(path), ImageReadMode.RGB)
+    return lambda path: decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
 
 
 def decode(image, ratio):
-    """The pixels of an opened image, uint8 (H, W, 3); where they will be scaled down `ratio` times, a JPEG's at
-    1/2, 1/4 or 1/8 of its size if that is enough, which is cheaper."""
+    """The pixels of an opened picture, uint8 (H, W, 3): of the first frame, and as stored, whatever its EXIF says. One
+    that will be scaled down `ratio` times is decoded, if it is a JPEG, at 1/2, 1/4 or 1/8 of its size where that is
+    enough, which is cheaper. Raises ValueError where it is unknown which value is white."""
     size = image.size
     if ratio >= 2:
         image.draft("RGB", (int(size[0] / ratio), int(size[1] / ratio)))
     if image.format == "JPEG" and image.size == size and jpeg_decoder():
         return jpeg_decoder()(image.filename).permute(1, 2, 0)
-    return torch.from_numpy(np.array(image.convert("RGB")))  # of greyscale and CMYK too
+    if image.mode.startswith("I;16"):  # PIL would clip it to 8 bits
+        return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of PIL's mode {image.mode}, which has no fixed white")
+    return torch.from_numpy(np.array(image.convert("RGB")))  # of greyscale, a palette or CMYK too
 
 
 def resize(pixels, height, width):
@@ -248,23 +311,26 @@ def resize(pixels, height, width):
 
 
 def scaled(image, *shorts):
-    """The pixels of an opened image with the shorter side scaled to each of `shorts`."""
+    """The pixels of an opened picture, its shorter side scaled to each of `shorts`. Raises ValueError when it is more
+    than 100 times as long as wide, as it would fill the memory."""
     width, height = image.size
     side = min(width, height)
+    if max(width, height) > 100 * side:
+        raise ValueError(f"{width} x {height} pixels are too long and thin")
     pixels = decode(image, side / max(shorts))
     return [resize(pixels, *(max(short, round(n * short / side)) for n in (height, width))) for short in shorts]
 
 
 def scale(image, crop, rng):
-    """[1] Section 3.4: the shorter side uniform in [256, 480], then a random 224 x 224 crop (all times crop / 224)."""
+    """[1] Section 3.4: the shorter side uniform in [256, 480], then a random 224 x 224 crop; all times crop / 224."""
     (pixels,) = scaled(image, int(rng.integers(round(256 * crop / 224), round(480 * crop / 224) + 1)))
     top, left = (int(rng.integers(0, n - crop + 1)) for n in pixels.shape[:2])
     return pixels[top : top + crop, left : left + crop]
 
 
 def scale_aspect(image, crop, rng):
-    """fb.resnet.torch's: 8 to 100 % of the area, its aspect ratio uniform in [3/4, 4/3] and in half of the cases turned
-    over, scaled to crop x crop; after 10 tries that do not fit, the centre. (torchvision draws the logarithm.)"""
+    """As fb.resnet.torch: 8 to 100 % of the area, with an aspect ratio uniform in [3/4, 4/3] and in half of the cases
+    inverted, scaled to crop x crop; when 10 draws do not fit, the centre. (torchvision draws the ratio's logarithm.)"""
     width, height = image.size
     for _ in range(10):
         area, ratio = rng.uniform(0.08, 1) * width * height, rng.uniform(3 / 4, 4 / 3)
@@ -285,9 +351,9 @@ AUGMENT = {"scale": scale, "scale-aspect": scale_aspect}
 
 
 def augmented(image, epoch, index, augment, crop, seed):
-    """A training view of an opened image, a pure function of (seed, epoch, index): pixels (crop, crop, 3), half of them
-    flipped, and the draws of `normalise`: 3 normal numbers for the lighting; with "scale-aspect" also 3 factors of the
-    jitter and the order in which they act."""
+    """A training view of an opened image, a pure function of (seed, epoch, index): pixels (crop, crop, 3), flipped in
+    half of the cases, and the draws for `normalise`: 3 normal numbers for the lighting and, with "scale-aspect", 3
+    factors for the colours and the order in which they act."""
     rng = np.random.default_rng((seed, epoch, 1 + index))
     pixels = AUGMENT[augment](image, crop, rng)
     draws = rng.normal(0, 0.1, 3)
@@ -296,8 +362,8 @@ def augmented(image, epoch, index, augment, crop, seed):
     return pixels.flip(1) if rng.random() < 0.5 else pixels, torch.from_numpy(draws).float()
 
 
-# The papers' test views. A protocol is the shorter sides that the image is scaled to, the size and the places of what
-# is cut out of each, and whether the flips of these are views too.
+# The papers' test views. A protocol is the shorter sides that the image is scaled to, the size of the crops, where they
+# are taken, and whether their mirror images count as well.
 
 
 def centre(pixels, size):
@@ -312,7 +378,7 @@ def corners_and_centre(pixels, size):
 
 
 def whole(pixels, size):
-    """For a net that is used fully convolutionally."""
+    """The whole image, for a net that is applied fully convolutionally."""
     return [pixels]
 
 
@@ -325,85 +391,142 @@ PROTOCOLS = {
 
 
 def test_views(image, index, protocol, crop):
-    """The views (H, W, 3) of an opened image that a protocol averages over, but for flips; sizes times crop / 224."""
+    """The views (H, W, 3) of an opened image that a protocol averages over, without their mirror images. All sizes are
+    times crop / 224."""
     shorts, size, cut, _ = PROTOCOLS[protocol]
     shorts, size = [round(s * crop / 224) for s in shorts], round(size * crop / 224)
     return [view for pixels in scaled(image, *shorts) for view in cut(pixels, size)]
 
 
-def train_batch(made):
-    """Stack the views of `augmented`: pixels (N, H, W, 3), draws (N, 3 or 9), labels (N,)."""
-    views, labels = zip(*made, strict=True)
+def train_batch(examples):
+    """Stack (view of `augmented`, label) pairs: pixels (N, H, W, 3), draws (N, 3 or 9), labels (N,)."""
+    views, labels = zip(*examples, strict=True)
     pixels, draws = zip(*views, strict=True)
     return torch.stack(pixels), torch.stack(draws), torch.tensor(labels)
 
 
-def test_batch(made):
-    """The views of `test_views` end to end in one flat tensor (of many tensors each would hold a file descriptor), the
-    (image within the batch, shape) of each, and the labels (N,)."""
-    views = [(i, view) for i, (views, _) in enumerate(made) for view in views]
+def test_batch(examples):
+    """Of (views of `test_views`, label) pairs: all views' pixels in one flat tensor, (image within the batch, shape) of
+    each view, and the labels (N,)."""
+    views = [(i, view) for i, (views, _) in enumerate(examples) for view in views]
     flat = torch.cat([view.flatten() for _, view in views] or [torch.empty(0, dtype=torch.uint8)])
-    labels = torch.tensor([label for _, label in made], dtype=torch.int64)
+    labels = torch.tensor([label for _, label in examples], dtype=torch.int64)
     return flat, [(i, tuple(view.shape)) for i, view in views], labels
 
 
 def same_size(flat, views):
-    """Stack what `test_batch` has laid end to end: [(pixels (K, H, W, 3), image of each (K,)), ...]."""
+    """Stack the views of `test_batch` that have the same size: [(pixels (K, H, W, 3), image of each (K,)), ...]."""
     groups = {}
-    for (i, shape), part in zip(views, flat.split([math.prod(shape) for _, shape in views]), strict=True):
-        groups.setdefault(shape, []).append((part.view(shape), i))
+    for (i, shape), pixels in zip(views, flat.split([math.prod(shape) for _, shape in views]), strict=True):
+        groups.setdefault(tuple(shape), []).append((pixels.view(*shape), i))
     groups = [zip(*group, strict=True) for group in groups.values()]
     return [(torch.stack(pixels), torch.tensor(which)) for pixels, which in groups]
 
 
-class Views:
-    """What the loader's workers read: view(image, *key) for each key of a batch; its last part is the image's index."""
-
-    def __init__(self, images, view, stack):
-        self.images, self.view, self.stack = images, view, stack
-
-    def __getitems__(self, keys):
-        made = []
-        for *key, index in keys:
-            try:
-                with self.images.open(index) as image:
-                    made.append((self.view(image, *key, index), int(self.images.labels[index])))
-            except Exception as error:  # a damaged file may raise anything
-                return ValueError(
-                    f"{self.images.name(index)} cannot be read: {error}. Put a whole copy in its place; the same "
-                    "command then goes on"
-                )
-        return self.stack(made)
+def make_batch(images, view, stack, keys):
+    """stack([(view(image, *key), label), ...]), opening each image by the last part of its key, its index. Raises
+    ValueError naming an image that cannot be read."""
+    views = []
+    for *key, index in keys:
+        try:
+            with images.open(index) as image:
+                views.append((view(image, *key, index), int(images.labels[index])))
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(
+                f"{images.name(index)} cannot be read: {error}. Put a whole copy or another picture in its place; the "
+                "same command then goes on"
+            ) from None
+    return stack(views)
 
 
 def load_views(images, view, stack, batches, workers, device, start_worker):
-    """stack([(view(image, *key), label), ...]) for each batch of keys, made by so many worker processes (0: by this
-    one). Raises ValueError naming an image that cannot be read."""
-    loader = DataLoader(
-        Views(images, view, stack),
-        batch_sampler=batches,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # others would import torch anew in each
-        collate_fn=as_it_is,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-    )
+    """Yield stack([(view(image, *key), label), ...]) for each batch of keys, in order; a key ends in an image's index.
+
+    Forked processes, which call start_worker(number) first, take turns at making the batches; with 0 workers this one
+    makes them. For a GPU the tensors are in pinned memory. Batches come through a pipe from each worker: unlike torch's
+    DataLoader this takes no shared memory, which containers are short of, and no locks, which would stay locked when a
+    worker is killed.
+    Raises ValueError when an image cannot be read, a worker cannot be started, or one dies.
+    """
+    make, pinned, pipes = functools.partial(make_batch, images, view, stack), device.type == "cuda", {}
+    if workers == 0:
+        for keys in batches:
+            yield [part.pin_memory() if pinned and torch.is_tensor(part) else part for part in make(keys)]
+        return
     try:
-        for batch in loader:
-            if isinstance(batch, ValueError):
-                raise batch
+        for number in range(workers):
+            own = itertools.islice(batches, number, None, workers)
+            process, pipe = fork_worker(number, start_worker, make, own, pipes.values())
+            pipes[process] = pipe
+        for pipe in itertools.cycle(pipes.values()):
+            batch = receive(pipe, pinned)
+            if not batch:  # there are no more
+                return
+            if isinstance(batch[0], str):
+                raise ValueError(batch[0])
             yield batch
-    except RuntimeError as error:
-        raise ValueError(f"loading images failed: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{workers} workers that load images cannot be started ({error}): try fewer --workers"
+        ) from None
+    except (EOFError, pickle.UnpicklingError):
+        raise ValueError("a worker that loads images died, perhaps for lack of memory: try fewer --workers") from None
+    finally:
+        for process, pipe in pipes.items():
+            pipe.close()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored
+                os.kill(process, signal.SIGKILL)  # a worker may ignore the other signals
+                os.waitpid(process, 0)
 
 
-def as_it_is(batch):
-    return batch
+def fork_worker(number, start_worker, make, batches, pipes):
+    """Fork a process that sends make(keys) for each batch of keys, or why it cannot be made, and nothing at the end.
+    Returns its process id and the pipe to read from.
+
+    pipes: of the workers before it. It closes them, so that they break, which ends those workers, when the parent dies.
+    """
+    reading, writing = map(open, os.pipe(), ("rb", "wb"))
+    process = os.fork()
+    if process:
+        writing.close()
+        return process, reading
+    try:
+        for pipe in (reading, *pipes):
+            pipe.close()
+        torch.set_num_threads(1)
+        start_worker(number)
+        try:
+            for keys in batches:
+                send(writing, *make(keys))
+            send(writing)
+        except Exception as error:
+            send(writing, str(error) or repr(error))
+    finally:
+        os._exit(0)
+
+
+def send(pipe, *parts):
+    """Write tensors and plain values to a pipe."""
+    pickle.dump([part.to("meta") if torch.is_tensor(part) else part for part in parts], pipe)
+    for tensor in filter(torch.is_tensor, parts):
+        pipe.write(tensor.flatten().view(torch.uint8).numpy())
+    pipe.flush()
+
+
+def receive(pipe, pinned):
+    """The parts that `send` wrote to a pipe. Raises EOFError or UnpicklingError when they are not complete."""
+    parts = pickle.load(pipe)
+    for i, part in enumerate(parts):
+        if torch.is_tensor(part):
+            parts[i] = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned)
+            if pipe.readinto(parts[i].flatten().view(torch.uint8).numpy()) < parts[i].nbytes:
+                raise EOFError
+    return parts
 
 
 def image_batches(seed, n, batch_size, micro_batch, mine, iteration):
-    """The (epoch, index) of the images of each micro-batch, from an iteration on and for ever, of those in `mine` (a
-    range within an iteration's micro-batches). The epochs' permutations are one endless stream, as in `batch_draws`."""
+    """Yield the (epoch, index) of a micro-batch's images for each micro-batch that is in `mine`, a range within an
+    iteration's micro-batches, from an iteration on without end. The stream of images is as in `batch_draws`."""
     order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n))
     while True:
         for part in mine:
@@ -414,8 +537,8 @@ def image_batches(seed, n, batch_size, micro_batch, mine, iteration):
 
 
 def normalise(pixels, draws=None):
-    """Pixels (N, H, W, 3) as the net reads them, float (N, 3, H, W): less the channels' mean, divided by their standard
-    deviation. With the draws of `augmented` the colours are changed before."""
+    """Pixels (N, H, W, 3) as a net reads them, float (N, 3, H, W): minus the channels' mean, divided by their standard
+    deviation. Given the draws of `augmented`, the colours are changed first."""
     mean, std, grey, components = colours(pixels.device)
     images = pixels.permute(0, 3, 1, 2).float() / 255
     if draws is None:
@@ -428,21 +551,18 @@ def normalise(pixels, draws=None):
 
 @functools.cache
 def colours(device):
-    """Mean, std and grey as (3, 1, 1), and the components (3, 3) that lighting adds, on a device."""
+    """On a device: the mean, the standard deviation and the weights of grey, each (3, 1, 1), and the principal
+    components (3, 3) of the colours times their eigenvalues."""
     vectors = [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD, (0.299, 0.587, 0.114))]
     return *vectors, (torch.tensor(EIGENVECTORS) * torch.tensor(EIGENVALUES)).T.to(device)
 
 
 def jitter(images, factors, order, grey):
-    """Brightness, contrast and saturation, each times its factor (N, 3), one after another in each image's own order
-    (N, 3): a blend with black, with the mean of its grey image, with its grey image."""
+    """Multiply brightness, contrast and saturation by factors (N, 3), in each image's own order (N, 3): blend the image
+    with black, with the mean of its grey version, with its grey version."""
     for kind in order.T:
         factor = factors.gather(1, kind[:, None]).view(-1, 1, 1, 1)
         kind, shade = kind.view(-1, 1, 1, 1), (images * grey).sum(dim=1, keepdim=True)
         other = shade * (kind == 2) + shade.mean(dim=(2, 3), keepdim=True) * (kind == 1)
         images = factor * images + (1 - factor) * other
     return images
-
-
-def class_names(dataset, root):
-    return [f"class {c}" for c in range(CLASSES[dataset])]

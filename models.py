@@ -14,6 +14,13 @@ UNITS_PER_STAGE = {  # ImageNet: [1] Table 1; [2] footnote 3 (200)
 }
 
 
+def accept_batch_counts(layer, incompatible_keys):
+    """For a BN that has no num_batches_tracked: load_state_dict(strict=True) accepts a dict that has it all the same.
+    (torch itself puts it in when a plain dict lacks it.)"""
+    keys = incompatible_keys.unexpected_keys
+    keys[:] = [key for key in keys if not key.endswith("num_batches_tracked")]
+
+
 class ResNet(nn.Module):
     """conv-BN-ReLU (ImageNet: and max-pooling), stages of units, average, fc. (N, 3, H, W) to (N, num_classes) logits.
 
@@ -43,6 +50,7 @@ class ResNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.num_batches_tracked = None  # nothing reads it, and it would count micro-batches
+                layer.register_load_state_dict_post_hook(accept_batch_counts)
 
     def forward(self, x):
         x = self.last(self.stages(self.stem(x)))

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +22,12 @@ import imagenet_train
 import models
 import units
 from conftest import HERE, start_workers
-from test_training import listed
+from test_run_all import listed
 
-SHARED = HERE.parent / "shared" / "data"
 SCRIPT = imagenet_train  # what `flags` and `start` run
 
 TINY = "--dataset synthetic --images 20 --depth 18 --crop 32 --batch-size 8 --micro-batch 4 --epochs 2 --workers 0 "
-TINY = [*TINY.split(), "--device", "cpu"]  # 5 iterations, a row after 2 (rounded) and 5
+TINY = [*TINY.split(), "--device", "cpu"]  # 5 iterations, a row after each; after 1, 3 and 5 also an evaluation
 
 
 def photograph(width=500, height=375, seed=0):
@@ -37,17 +35,6 @@ def photograph(width=500, height=375, seed=0):
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     return Image.fromarray((np.array(coarse) // 2 + rng.integers(0, 32, (height, width, 3))).astype(np.uint8))
-
-
-def stored(image, path, **more):
-    image.save(path, **more)
-    return Image.open(path)
-
-
-def near(ours, theirs, levels=2):
-    """Equal up to so many grey levels: where a second implementation rounds elsewhere."""
-    ours, theirs = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (ours, theirs))
-    return ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= levels
 
 
 # Nets
@@ -105,199 +92,6 @@ def test_learning_rate(flags):
     drop = round(30 * 1_281_167 / 256)
     points = (0, drop - 1, drop, 2 * drop, iterations - 1)
     assert [imagenet_train.lr_at(t, iterations, args.lr) for t in points] == [0.1, 0.1, 0.01, 0.001, 0.001]
-
-
-# Reading and training views
-
-
-def test_decoding(tmp_path, monkeypatch):
-    """The bits of PIL's own decoder for every mode and format, and at a reduced size where the crop allows it."""
-    for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("colour.JPEG", "RGB"), ("named.png.jpeg", "RGB")):
-        kind = "PNG" if "png" in name else "JPEG"
-        image = stored(photograph().convert(mode), tmp_path / name, format=kind)
-        expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB")))
-        assert torch.equal(data.decode(image, 1), expected) and expected.dtype == torch.uint8
-        with monkeypatch.context() as patch:  # without torchvision's decoder
-            patch.setattr(data, "jpeg_decoder", lambda: None)
-            assert torch.equal(data.decode(Image.open(tmp_path / name), 1), expected)
-    for ratio, size in ((1.9, (375, 500)), (2, (188, 250)), (3.9, (188, 250)), (4, (94, 125)), (8.5, (47, 63))):
-        image = Image.open(tmp_path / "colour.JPEG")
-        assert data.decode(image, ratio).shape == (*size, 3), ratio
-    small = data.scaled(Image.open(tmp_path / "colour.JPEG"), 64)[0]  # from a quarter of the size
-    whole = Image.open(tmp_path / "colour.JPEG").convert("RGB").resize((85, 64), Image.BICUBIC)
-    assert small.shape == (64, 85, 3) and (small.float() - torch.from_numpy(np.array(whole)).float()).abs().mean() < 2
-
-
-def test_scale_is_scale_then_crop():
-    """[1] Section 3.4, against PIL; the draws cover their ranges to the ends."""
-    image, shorts = photograph(), set()
-    for seed in range(40):
-        view = data.scale(image, 224, np.random.default_rng(seed))
-        rng = np.random.default_rng(seed)
-        short = int(rng.integers(256, 481))
-        shorts.add(short)
-        resized = image.resize((round(500 * short / 375), short), Image.BICUBIC)
-        top, left = int(rng.integers(0, short - 224 + 1)), int(rng.integers(0, resized.width - 224 + 1))
-        assert near(view, resized.crop((left, top, left + 224, top + 224))), seed
-    assert 256 <= min(shorts) < 270 and 465 < max(shorts) <= 480
-    tall = data.scale(photograph(100, 300), 64, np.random.default_rng(0))
-    assert tall.shape == (64, 64, 3)
-
-
-def test_scale_aspect_is_the_torch_codes():
-    """fb.resnet.torch's RandomSizedCrop written again from paper.md, crop by PIL; and its fall-back."""
-    image = photograph()
-    for seed in range(40):
-        view = data.scale_aspect(image, 112, np.random.default_rng(seed))
-        rng = np.random.default_rng(seed)
-        while True:
-            area, aspect = rng.uniform(0.08, 1.0) * 375 * 500, rng.uniform(3 / 4, 4 / 3)
-            width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if rng.random() < 0.5:
-                width, height = height, width
-            if width <= 500 and height <= 375:
-                break
-        left, top = rng.integers(0, 500 - width + 1), rng.integers(0, 375 - height + 1)
-        expected = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.BICUBIC)
-        assert near(view, expected), seed
-
-    class Widest(np.random.Generator):
-        """The whole area each time, which no shape but the image's own can have."""
-
-        def uniform(self, low, high):
-            return high
-
-    long = photograph(400, 100)
-    fallback = data.scale_aspect(long, 64, Widest(np.random.PCG64(0)))
-    assert near(fallback, long.resize((256, 64), Image.BICUBIC).crop((96, 0, 160, 64)))
-
-
-def test_a_view_is_a_pure_function_of_seed_epoch_and_index():
-    image = photograph()
-
-    def views(**more):
-        words = {"epoch": 1, "index": 2, "augment": "scale", "crop": 32, "seed": 3} | more
-        return data.augmented(image, **words)
-
-    pixels, draws = views()
-    assert pixels.shape == (32, 32, 3) and draws.shape == (3,)
-    again = views()
-    assert torch.equal(pixels, again[0]) and torch.equal(draws, again[1])
-    for other in ({"epoch": 2}, {"index": 3}, {"seed": 4}):
-        assert not torch.equal(draws, views(**other)[1])
-    rng = np.random.default_rng((3, 1, 3))
-    plain = data.scale(image, 32, rng)
-    assert torch.equal(draws, torch.from_numpy(rng.normal(0, 0.1, 3)).float())
-    flips = 0
-    for index in range(60):
-        rng = np.random.default_rng((3, 1, 1 + index))
-        plain, view = data.scale(image, 32, rng), views(index=index)[0]
-        assert torch.equal(view, plain) or torch.equal(view, plain.flip(1))
-        flips += torch.equal(view, plain.flip(1))
-    assert 15 < flips < 45
-    draws = torch.stack([views(index=i, augment="scale-aspect")[1] for i in range(200)])
-    assert draws.shape == (200, 9) and 0.6 <= draws[:, 3:6].min() < 0.63 and 1.37 < draws[:, 3:6].max() <= 1.4
-    assert len({tuple(order.tolist()) for order in draws[:, 6:]}) == 6 and 0.08 < draws[:, :3].std() < 0.12
-
-
-def test_colours_are_the_torch_codes():
-    """ColorJitter, Lighting and ColorNormalize of fb.resnet.torch, image by image and step by step."""
-    pixels = torch.from_numpy(np.stack([np.array(photograph(40, 30, seed)) for seed in range(12)]))
-    rng = np.random.default_rng(0)
-    orders = [rng.permutation(3) for _ in range(12)]
-    draws = np.stack([np.concatenate([rng.normal(0, 0.1, 3), rng.uniform(0.6, 1.4, 3), order]) for order in orders])
-    ours = data.normalise(pixels, torch.from_numpy(draws).double())
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    vectors = np.array([(-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203)])
-    values, mean, std = (0.2175, 0.0188, 0.0045), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    for i, order in enumerate(orders):
-        x = pixels[i].permute(2, 0, 1).double() / 255
-        for kind in order:
-            grey = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
-            other = [torch.zeros_like(x), torch.full_like(x, grey.mean()), grey][kind]
-            x = x * draws[i, 3 + kind] + other * (1 - draws[i, 3 + kind])
-        for c in range(3):
-            x[c] += sum(vectors[c][j] * draws[i, j] * values[j] for j in range(3))
-            x[c] = (x[c] - mean[c]) / std[c]
-        torch.testing.assert_close(ours[i].double(), x, rtol=0, atol=1e-4)
-    lighting = data.normalise(pixels, torch.from_numpy(draws[:, :3]).double())
-    unlit = data.normalise(pixels)
-    shift = torch.from_numpy(draws[:, :3] * values @ vectors.T / std)
-    torch.testing.assert_close((lighting - unlit).double().mean(dim=(2, 3)), shift, rtol=0, atol=1e-4)
-    assert abs(unlit[0, 0, 0, 0].item() - (pixels[0, 0, 0, 0].item() / 255 - 0.485) / 0.229) < 1e-5
-
-
-def test_batches_are_one_endless_stream():
-    """Of every process its own micro-batches; from any iteration on; each epoch's images once."""
-    stream = [(e, int(i)) for e in range(9) for i in np.random.default_rng((5, e)).permutation(10)]
-    for world in (1, 2, 4):
-        for begin in (0, 3):
-            got = {}
-            for rank in range(world):
-                mine = range(rank * 4 // world, (rank + 1) * 4 // world)
-                batches = data.image_batches(5, 10, 12, 3, mine, begin)
-                for iteration in range(begin, 7):
-                    for part in mine:
-                        got[iteration, part] = next(batches)
-            assert sum([got[key] for key in sorted(got)], []) == stream[begin * 12 : 7 * 12]
-
-
-@pytest.mark.skipif(not (SHARED / "imagenet-sizes").exists(), reason="the pictures do not lie beside the project")
-@pytest.mark.parametrize("crop", (224, 64))
-def test_every_size_of_image_passes(crop):
-    """80 x 60 to 1024 x 768, one greyscale: every augmentation and every protocol."""
-    images = data.ImageFiles(SHARED / "imagenet-sizes")
-    assert len(images) == 50
-    for index in range(len(images)):
-        for augment in data.AUGMENT:
-            with images.open(index) as image:
-                pixels, _ = data.augmented(image, 0, index, augment, crop, 1)
-            assert pixels.shape == (crop, crop, 3) and pixels.dtype == torch.uint8
-        for protocol, count in (("1-crop", 1), ("1-crop-320", 1), ("10-crop", 5), ("multi-scale", 5)):
-            with images.open(index) as image:
-                width, height = image.size
-                views = data.test_views(image, index, protocol, crop)
-            side = round(320 * crop / 224) if protocol == "1-crop-320" else crop
-            assert len(views) == count
-            if protocol != "multi-scale":
-                assert {view.shape for view in views} == {(side, side, 3)}
-            else:
-                assert [min(view.shape[:2]) for view in views] == [
-                    round(s * crop / 224) for s in (224, 256, 384, 480, 640)
-                ]
-                for view in views:
-                    assert abs(view.shape[1] / view.shape[0] - width / height) < 0.03 * width / height
-
-
-def test_the_views_of_the_protocols():
-    image = photograph()
-    whole = {
-        short: np.array(image.resize((round(500 * short / 375), short), Image.BICUBIC))
-        for short in (224, 256, 320, 384, 480, 640)
-    }
-    (view,) = data.test_views(image, 0, "1-crop", 224)
-    assert near(view, whole[256][16:240, 58:282])  # 341 wide: (341 - 224) // 2
-    (view,) = data.test_views(image, 0, "1-crop-320", 224)
-    assert near(view, whole[320][:, 53:373])
-    views = data.test_views(image, 0, "10-crop", 224)
-    corners = [(0, 0), (0, 117), (32, 0), (32, 117), (16, 58)]
-    for view, (top, left) in zip(views, corners, strict=True):
-        assert near(view, whole[256][top : top + 224, left : left + 224])
-    views = data.test_views(image, 0, "multi-scale", 224)
-    for view, short in zip(views, (224, 256, 384, 480, 640), strict=True):
-        assert near(view, whole[short])
-    assert [name for name, (*_, flips) in data.PROTOCOLS.items() if flips] == ["10-crop", "multi-scale"]
-
-
-def test_synthetic_images_are_learnable_and_the_same_at_every_call():
-    train, val = data.load_imagenet("synthetic", None, 200)
-    assert len(train) == 200 and len(val) == 40 and train.classes == val.classes and len(val.classes) == 10
-    stack = [torch.stack([torch.from_numpy(np.array(s.open(i))) for i in range(len(s))]).float() for s in (train, val)]
-    again = data.load_imagenet("synthetic", None, 200)[0].open(7)
-    assert torch.equal(stack[0][7], torch.from_numpy(np.array(again)).float())
-    means = torch.stack([stack[0][train.labels == c].mean(dim=0).flatten() for c in range(10)])
-    nearest = torch.cdist(stack[1].flatten(1), means).argmin(dim=1)
-    assert (nearest.numpy() == val.labels).mean() > 0.9
 
 
 # Evaluation
@@ -636,36 +430,6 @@ def test_diverged_run_is_a_result(start):
 
 
 # Bad input
-
-
-def test_data_folders_that_are_not_imagenet(start, folders):
-    words = ["--data", folders, "--depth", 18, "--device", "cpu"]
-
-    def refused(*messages):
-        status, printed = start(*words)
-        assert status == 2 and "Traceback" not in printed and not os.path.exists("runs")
-        for message in messages:
-            assert message in printed
-
-    (folders / "train" / ".ipynb_checkpoints").mkdir()
-    refused(".ipynb_checkpoints", "has to go")
-    photograph(40, 40).save(folders / "train" / ".ipynb_checkpoints" / "0.jpg")
-    refused(".ipynb_checkpoints is no class")
-    shutil.rmtree(folders / "train" / ".ipynb_checkpoints")
-    (folders / "val" / "n9").mkdir()
-    refused("n9", "has to go")
-    photograph(40, 40).save(folders / "val" / "n9" / "0.jpg")
-    refused("train and val differ in 1 classes: n9 is in val alone")
-    val = folders / "val"
-    val.rename(folders / "kept")
-    val.mkdir()
-    photograph(40, 40).save(val / "ILSVRC2012_val_00000001.JPEG")
-    refused(str(val), "README.md, ImageNet")
-    (val / "ILSVRC2012_val_00000001.JPEG").unlink()
-    val.rmdir()
-    refused(f"there is no folder {val}", "--dataset synthetic")
-    status, printed = start("--device", "cpu")
-    assert status == 2 and "there is no folder data/imagenet/train" in printed
 
 
 BAD = [

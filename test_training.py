@@ -4,11 +4,9 @@ processes and the command line. No test looks at a clock."""
 import ast
 import csv
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
-import pickle
 import re
 import signal
 import subprocess
@@ -25,7 +23,7 @@ import data
 import models
 import training
 import units
-from conftest import HERE, SHARED, pictures, start_workers
+from conftest import HERE, pictures, start_workers
 
 SCRIPT = cifar_train  # what `flags` and `start` run
 
@@ -210,121 +208,6 @@ def test_the_net_of_a_depth(flags):
 
 
 # Data
-
-
-def test_draws_are_a_pure_function_of_seed_and_epoch():
-    draws = data.epoch_draws(1, 0, 100, "cpu").clone()
-    data.epoch_draws.cache_clear()
-    assert torch.equal(draws, data.epoch_draws(1, 0, 100, "cpu"))
-    assert draws[0].sort().values.tolist() == list(range(100))
-    for row, values in zip(draws[1:], (range(9), range(9), range(2)), strict=True):
-        assert set(row.tolist()) == set(values)
-    others = [data.epoch_draws(seed, epoch, 100, "cpu") for seed, epoch in ((1, 1), (2, 0), (0, 1))]
-    assert not any(torch.equal(draws[row], other[row]) for other in others for row in range(4))
-
-
-def test_batches_are_one_endless_stream():
-    stream = torch.cat([data.epoch_draws(5, epoch, 10, "cpu") for epoch in range(9)], dim=1)
-    for size in (1, 4, 7, 10, 25):  # 25: a batch of more than two epochs
-        for t in range(90 // size):
-            assert torch.equal(data.batch_draws(5, t, size, 10, "cpu"), stream[:, t * size : (t + 1) * size])
-
-
-def test_augmentation_is_subtract_pad_crop_flip():
-    images, _ = pictures(6)
-    for recipe in cifar_train.RECIPES:
-        mean, std = data.normalisation(images, recipe)
-        padded = torch.nn.functional.pad((images.float() - mean) / std, (4, 4, 4, 4))
-        draws = torch.tensor([[0, 5, 5, 2, 2], [4, 0, 8, 3, 3], [4, 0, 8, 7, 7], [0, 0, 1, 1, 0]])
-        views = data.augment(data.every_crop(images), data.every_crop(mean), std, draws)
-        assert views.is_contiguous(memory_format=torch.channels_last) and views.dtype == torch.float32
-        for view, (index, row, column, flip) in zip(views, draws.T.tolist(), strict=True):
-            crop = padded[index, :, row : row + 32, column : column + 32]
-            assert torch.equal(view, crop.flip(2) if flip else crop)
-        if recipe == "paper":
-            undivided = data.augment(data.every_crop(images), data.every_crop(mean), None, draws)
-            assert torch.equal(undivided, views) and std.eq(1).all()
-        assert torch.equal(views[0], ((images[0].float() - mean) / std))  # no shift at (4, 4)
-
-
-def test_normalisation():
-    images, _ = pictures(50)
-    pixels = images.double()
-    mean, std = data.normalisation(images, "paper")
-    torch.testing.assert_close(mean.double(), pixels.mean(dim=0), rtol=1e-6, atol=0)
-    assert mean.shape == (3, 32, 32) and std.eq(1).all()
-    mean, std = data.normalisation(images, "resnet-1k-layers")
-    torch.testing.assert_close(mean[:, 0, 0].double(), pixels.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(std.flatten().double(), pixels.std(dim=(0, 2, 3), correction=0), rtol=1e-6, atol=0)
-
-
-@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real CIFAR-10 does not lie beside the project")
-def test_real_cifar10(tmp_path):
-    subprocess.run([sys.executable, SHARED / "data" / "unpack_cifar10.py", tmp_path], check=True, capture_output=True)
-    images, labels, test_images, test_labels = data.load_cifar("cifar10", tmp_path)
-    assert images.shape == (50_000, 3, 32, 32) and test_images.shape == (10_000, 3, 32, 32)
-    assert labels.bincount().tolist() == [5000] * 10 and test_labels.bincount().tolist() == [1000] * 10
-    mean, std = data.normalisation(images, "resnet-1k-layers")  # fb.resnet.torch's constants, to the digits it gives
-    assert [round(m, 1) for m in mean[:, 0, 0].tolist()] == [125.3, 123.0, 113.9]
-    assert [round(s, 1) for s in std.flatten().tolist()] == [63.0, 62.1, 66.7]
-    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    content = bytearray(batch.read_bytes())
-    content[1_000_000] ^= 1
-    for broken in (content, content[:1_000_000], b""):
-        batch.write_bytes(broken)
-        with pytest.raises(ValueError, match="data_batch_3 is damaged"):
-            data.load_cifar("cifar10", tmp_path)
-
-
-def test_cifar100_reader(tmp_path, monkeypatch):
-    """On small batches in the format of the real ones; the pixels' order is the real one's, channel by channel."""
-    from torchvision.datasets import CIFAR100
-
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    raw = {}
-    rng = np.random.default_rng(0)
-    for name, n in (("train", 7), ("test", 3)):
-        raw[name] = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        entry = {"data": raw[name], "fine_labels": list(range(90, 90 + n)), "coarse_labels": [0] * n}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
-    images, labels, test_images, test_labels = data.load_cifar("cifar100", tmp_path)
-    assert torch.equal(images, torch.from_numpy(raw["train"]).view(7, 3, 32, 32))
-    assert torch.equal(test_images, torch.from_numpy(raw["test"]).view(3, 3, 32, 32))
-    assert labels.tolist() == [90, 91, 92, 93, 94, 95, 96] and test_labels.tolist() == [90, 91, 92]
-    assert [len(part) for part in data.load_cifar("cifar100", tmp_path, 2)] == [2, 2, 2, 2]
-    content = bytearray((folder / "train").read_bytes())
-    content[200] ^= 1  # within the pixels: it could still be read
-    (folder / "train").write_bytes(content)
-    with pytest.raises(ValueError, match="train is damaged"):
-        data.load_cifar("cifar100", tmp_path)
-
-
-def test_missing_data_without_a_network(start, monkeypatch):
-    from torchvision.datasets import CIFAR10, cifar
-
-    def no_network(*words, **more):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
-    status, printed = start("--data", "nowhere", "--depth", 8)
-    assert status == 2
-    assert CIFAR10.url in printed and "nowhere" in printed and "--dataset synthetic" in printed
-    assert not os.path.exists("runs")
-
-
-def test_synthetic_is_learnable_and_the_same_at_every_call():
-    images, labels, test_images, test_labels = data.synthetic_cifar(2000, 1000)
-    assert images.dtype == torch.uint8 and images.shape == (2000, 3, 32, 32) and labels.bincount().min() > 100
-    assert all(map(torch.equal, (images, labels), data.synthetic_cifar(2000, 1000)))
-    means = torch.stack([images[labels == c].float().mean(dim=0) for c in range(10)])
-    nearest = torch.cdist(test_images.float().flatten(1), means.flatten(1)).argmin(dim=1)
-    assert (nearest == test_labels).float().mean() > 0.9
 
 
 def test_validation_split_is_the_last_training_images(flags):

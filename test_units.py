@@ -1,9 +1,10 @@
 """Are the units and nets the papers'? Orders, counts and equalities, read out of the modules themselves."""
 
-import ast
 import inspect
 import pathlib
-import subprocess
+import pickle
+import re
+import runpy
 import sys
 
 import pytest
@@ -77,8 +78,8 @@ def test_order_is_the_panels(name):
 @pytest.mark.parametrize("stride", (1, 2))
 def test_shapes_and_attributes(name, stride):
     unit = UNITS[name]
-    module = unit(8, 4, stride)
-    assert module(torch.randn(2, 8, 6, 6)).shape == (2, 4 * unit.expansion, 6 // stride, 6 // stride)
+    module = unit(2, 4, stride)
+    assert module(torch.randn(2, 2, 6, 6)).shape == (2, 4 * unit.expansion, 6 // stride, 6 // stride)
     on_branch = [layer for n, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and n.startswith("conv")]
     assert len(on_branch) == unit.weights
     assert unit.expansion == {"basic": 1, "single": 1, "bottleneck": 4}[name.split("-")[0]]
@@ -90,20 +91,17 @@ def test_shapes_and_attributes(name, stride):
 
 @every_unit
 def test_pasted_source_runs_alone(name):
-    """The module's imports, its helpers, the class and its bases, in an empty namespace."""
-    unit = UNITS[name]
-    tree = ast.parse(inspect.getsource(units))
-    imports = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    bases = [base for base in reversed(unit.__mro__) if base.__module__ == "units"]
-    pasted = {"__name__": "pasted"}
-    exec("\n".join([imports, *map(inspect.getsource, [units.conv, units.ZeroPad, units.shortcut, *bases])]), pasted)
-    x = torch.randn(2, 8, 6, 6)
-    outputs = []
-    for build in (unit, pasted[unit.__name__]):
+    """What `python units.py NAME` prints, in an empty namespace."""
+    pasted = {}
+    exec(units.source(name), pasted)
+    unit, copy = UNITS[name], pasted[UNITS[name].__name__]
+    assert copy is not unit and not any(base.__module__ == "units" for base in copy.__mro__)
+    x, results = torch.randn(2, 2, 6, 6), []
+    for build in (unit, copy):
         torch.manual_seed(0)
-        outputs.append(build(8, 4, 2).eval()(x))
-    assert pasted[unit.__name__] is not unit
-    assert torch.equal(*outputs)
+        module = build(2, 4, 2)
+        results.append([*module.parameters(), module(x), module.eval()(x)])  # with one mask of dropout
+    assert all(map(torch.equal, *results))
 
 
 @every_unit
@@ -164,7 +162,7 @@ def test_unit_arguments_arrive():
     assert isinstance(units.Basic(4, 4, option="C").shortcut, nn.Sequential)
     assert isinstance(units.Basic(4, 4, option="B").shortcut, nn.Identity)
     assert isinstance(units.Basic(4, 8, option="B").shortcut, nn.Sequential)
-    with pytest.raises(ValueError, match="A, B or C"):
+    with pytest.raises(ValueError, match="A, B or C, not 'D'"):
         units.Basic(4, 8, option="D")
     assert units.arguments(units.BasicConstantScaling) == {
         "option": "A", "shortcut_scale": 0.5, "residual_scale": 0.5
@@ -172,6 +170,30 @@ def test_unit_arguments_arrive():
     gating = {"option": "B", "gate_bias": -6.0, "gate_bn": False}
     assert units.arguments(units.BottleneckShortcutGating) == gating
     assert units.arguments(units.BasicPlain) == units.arguments(units.BottleneckConvShortcut) == {}
+
+
+@every_unit
+def test_channels_are_never_dropped_in_silence(name):
+    """A projection may leave fewer channels; zero-padding, which no other unit can do without, cannot."""
+    unit = UNITS[name]
+    channels = 24 // unit.expansion
+    projects = "conv-shortcut" in name
+    for option in "ABC" if "option" in units.arguments(unit) else " ":
+        for stride in (1, 2):
+            arguments = {} if option == " " else {"option": option}
+            unit(24, channels, stride, **arguments)
+            if option in "A " and not projects:
+                with pytest.raises(ValueError, match="24 channels cannot follow 48"):
+                    unit(48, channels, stride, **arguments)
+            else:
+                module = unit(48, channels, stride, **arguments)
+                assert module(torch.randn(2, 48, 4, 4)).shape == (2, 24, 4 // stride, 4 // stride)
+
+
+def test_a_mixin_says_that_it_is_one():
+    classes = [value for value in vars(units).values() if inspect.isclass(value)]
+    mixins = {c.__name__ for c in classes if not issubclass(c, nn.Module)}
+    assert mixins == {c.__name__ for c in classes if re.search(r"\bmixins?\b", c.__doc__)} and len(mixins) == 7
 
 
 @pytest.mark.parametrize("unit, kept", ((units.BasicDropoutShortcut, 1), (units.BasicRescaledDropout, 2)))
@@ -306,9 +328,10 @@ COUNTS = [  # paper.md 3.7: depth, unit, arguments, parameters for 10 classes, f
 
 @pytest.mark.parametrize("depth, name, arguments, ten, hundred", COUNTS)
 def test_cifar_parameters(depth, name, arguments, ten, hundred):
-    assert count(models.cifar_resnet(depth, UNITS[name], 10, **arguments)) == ten
-    if hundred:
-        assert count(models.cifar_resnet(depth, UNITS[name], 100, **arguments)) == hundred
+    with torch.device("meta"):
+        assert count(models.cifar_resnet(depth, UNITS[name], 10, **arguments)) == ten
+        if hundred:
+            assert count(models.cifar_resnet(depth, UNITS[name], 100, **arguments)) == hundred
 
 
 @pytest.mark.parametrize(
@@ -384,12 +407,43 @@ def test_flatten_keeps_values_and_strides():
     assert all(b.eq(7).all() for b in net.buffers())
 
 
-def test_printed_list():
-    printed = subprocess.run([sys.executable, units.__file__], capture_output=True, text=True, check=True).stdout
-    lines = printed.splitlines()
+@pytest.mark.parametrize("name", ("basic", "basic-preact", "bottleneck-shortcut-gating"))
+def test_plain_dicts_are_loaded_strictly(name):
+    """With and without num_batches_tracked, into a whole net and into a part; what does not fit is still refused."""
+    torch.manual_seed(0)
+    settled, net = settle(models.cifar_resnet(11 if "bottle" in name else 8, UNITS[name])), None
+    plain = dict(settled.state_dict())
+    assert not any("num_batches_tracked" in key for key in plain)
+    with_counts = plain | {
+        key.replace("running_var", "num_batches_tracked"): torch.tensor(5) for key in plain if "var" in key
+    }
+    for weights in (plain, with_counts, settled.state_dict()):
+        net = models.cifar_resnet(11 if "bottle" in name else 8, UNITS[name]).double()
+        assert str(net.load_state_dict(weights)) == "<All keys matched successfully>"
+        assert all(torch.equal(value, plain[key]) for key, value in net.state_dict().items())
+        part = {key.removeprefix("stages.1."): value for key, value in weights.items() if key.startswith("stages.1.")}
+        net.stages[1].load_state_dict(part)
+    for wrong in (plain | {"stem.1.extra": torch.zeros(1)}, {k: v for k, v in plain.items() if k != "stem.1.bias"}):
+        with pytest.raises(RuntimeError, match="stem.1.extra|stem.1.bias"):
+            net.load_state_dict(wrong)
+    pickle.loads(pickle.dumps(net)).load_state_dict(with_counts)
+
+
+def test_what_the_command_prints(monkeypatch, capsys):
+    def printed(*words):
+        monkeypatch.setattr(sys, "argv", ["units.py", *words])
+        runpy.run_path(units.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    lines = printed().splitlines()
     assert len(lines) == len(UNITS)
     for line, name in zip(lines, UNITS, strict=True):
         assert line.split()[0] == name and PANELS[name] in line and "parameters" in line
+    assert lines[list(UNITS).index("basic-shortcut-gating")].endswith("16x32x32 -> 16x32x32     4,944 parameters")
+    assert printed("basic-dropout-shortcut") == units.source("basic-dropout-shortcut") + "\n"
+    with pytest.raises(SystemExit) as refused:
+        printed("resnet")
+    assert refused.value.code == 2 and "basic-dropout-shortcut" in capsys.readouterr().err
 
 
 # README: "Is your ResNet the paper's?"

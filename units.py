@@ -12,14 +12,16 @@ A unit is x' = f(h(x) + F(x)), eqs (1)-(2) of [2]: `shortcut` is h, `residual` i
     (d) ReLU-only pre-act       bn1(conv1(relu(x)))    bn2(conv2(relu(y)))     x + y
     (e) full pre-activation     conv1(relu(bn1(x)))    conv2(relu(bn2(y)))     x + y
 
-[2] Fig. 2 is about what stands on the shortcut: it changes the merge alone.
+[2] Fig. 2 is about what stands on the shortcut, which changes the merge alone.
 
 Every unit is built as Unit(in_channels, channels, stride=1, <arguments of its own>) and maps
-(N, in_channels, H, W) to (N, channels * expansion, H / stride, W / stride). To take one elsewhere, paste it with its
-bases, the imports and the helpers. `python units.py` prints them all.
+(N, in_channels, H, W) to (N, channels * expansion, H / stride, W / stride). `python units.py` lists them all, and
+`python units.py NAME` prints all that one of them needs in another file.
 """
 
+import argparse
 import inspect
+import re
 
 import torch
 from torch import fx, nn
@@ -29,14 +31,14 @@ from torch.nn.functional import dropout, pad, relu
 
 
 def conv(size, in_channels, channels, stride=1, bias=False):
-    """A size x size convolution, padded to keep the map's size; weights N(0, 2 / fan-out) after He et al. 2015."""
+    """A size x size convolution, padded to keep the map's size, with weights from N(0, 2 / fan-out): He et al. 2015."""
     layer = nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
 class ZeroPad(nn.Module):
-    """Option A's shortcut: every stride-th pixel, and zeros for the channels that are new. No parameters."""
+    """Option A's shortcut, without parameters: every stride-th pixel, and zeros in the new channels."""
 
     def __init__(self, new_channels, stride):
         super().__init__()
@@ -47,10 +49,13 @@ class ZeroPad(nn.Module):
 
 
 def shortcut(in_channels, channels, stride, option, bn=True):
-    """h(x) as a module, by the options of [1] Section 3.3. A: zero-padding where the shape changes, B: a 1x1 projection
-    there, C: a projection on every shortcut. The rest are identities. Raises ValueError for another option."""
+    """h(x) as a module, by the options of [1] Section 3.3. A: zero-padding where the shape changes; B: a 1x1 projection
+    there; C: a projection everywhere. Otherwise an identity. Raises ValueError for any other option, and when A would
+    have to drop channels."""
     if option not in ("A", "B", "C"):
         raise ValueError(f"the shortcut option must be A, B or C, not {option!r}")
+    if option == "A" and channels < in_channels:
+        raise ValueError(f"without a projection (option B or C) {channels} channels cannot follow {in_channels}")
     if option != "C" and stride == 1 and in_channels == channels:
         return nn.Identity()
     if option == "A":
@@ -90,7 +95,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels, channels, stride=1, option="B"):
         super().__init__()
-        # The stride is on the first 1x1, as the authors have it; torchvision and fb.resnet.torch put it on the 3x3.
+        # The stride is on the first 1x1, as in the authors' nets; torchvision and fb.resnet.torch have it on the 3x3.
         self.conv1 = conv(1, in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(3, channels, channels)
@@ -126,11 +131,11 @@ class Single(nn.Module):
         return relu(self.shortcut(x) + self.residual(x))
 
 
-# Plain nets: the same layers without shortcuts. Written once and put over both bodies below, as Fig. 2's panels are.
+# Plain nets: the same layers without shortcuts. Written once, as a mixin over either body; so are Fig. 2's panels.
 
 
 class Plain:
-    """[1] Section 3.3; [2] Table 1's constant scaling with 0 on the shortcut."""
+    """A mixin over Basic or Bottleneck. [1] Section 3.3; [2] Table 1's constant scaling with 0 on the shortcut."""
 
     def __init__(self, in_channels, channels, stride=1):
         super().__init__(in_channels, channels, stride, option="A")
@@ -152,7 +157,7 @@ class BottleneckPlain(Plain, Bottleneck):
 
 
 class BasicBNAfterAdd(Basic):
-    """[2] Fig. 4(b). A projection has no BN of its own: the one after the addition normalises it too."""
+    """[2] Fig. 4(b). A projection has no BN of its own: the BN after the addition normalises it too."""
 
     def __init__(self, in_channels, channels, stride=1, option="A"):
         super().__init__(in_channels, channels, stride, option)
@@ -167,7 +172,7 @@ class BasicBNAfterAdd(Basic):
 
 
 class BottleneckBNAfterAdd(Bottleneck):
-    """[2] Fig. 4(b). A projection has no BN of its own: the one after the addition normalises it too."""
+    """[2] Fig. 4(b). A projection has no BN of its own: the BN after the addition normalises it too."""
 
     def __init__(self, in_channels, channels, stride=1, option="B"):
         super().__init__(in_channels, channels, stride, option)
@@ -208,8 +213,8 @@ class BottleneckReLUBeforeAdd(Bottleneck):
         return self.shortcut(x) + self.residual(x)
 
 
-# [2] Fig. 4(d), (e): pre-activation, x' = h(x) + F(f^(x)), eq. (9). The activation f^ is computed once; F reads it, and
-# so does a shortcut that changes the shape ([2] appendix); an identity takes x itself, untouched from unit to unit.
+# [2] Fig. 4(d), (e): pre-activation, x' = h(x) + F(f^(x)), eq. (9). The activation f^(x) is computed once. F reads it,
+# and so does a shortcut that changes the shape ([2] appendix). An identity hands on x itself, from unit to unit.
 
 
 class BasicReLUPreAct(Basic):
@@ -313,17 +318,17 @@ class SinglePreAct(nn.Module):
 
 
 class BasicPreActRawShortcut(BasicPreAct):
-    """Left open by [2] for option A: a shortcut that changes the shape reads the raw signal, as an identity does."""
+    """What [2] leaves open for option A: a shortcut that changes the shape reads x itself, as an identity does."""
 
     def forward(self, x):
         return self.shortcut(x) + self.residual(relu(self.bn1(x)))
 
 
-# [2] Fig. 2(b)-(f): what stands on the shortcut. Each panel is written once and put over both bodies below.
+# [2] Fig. 2(b)-(f): what stands on the shortcut. Each panel is a mixin, which the units below put over either body.
 
 
 class ConstantScaling:
-    """[2] Fig. 2(b): both branches scaled by constants."""
+    """A mixin over Basic or Bottleneck. [2] Fig. 2(b): both branches are scaled by constants."""
 
     def __init__(self, in_channels, channels, stride=1, shortcut_scale=0.5, residual_scale=0.5, **body):
         super().__init__(in_channels, channels, stride, **body)
@@ -334,8 +339,9 @@ class ConstantScaling:
 
 
 class Gating:
-    """g(x) = sigmoid(W_g x + b_g), a 1x1 convolution of the unit's input with the unit's stride and outputs. [2] leaves
-    open whether BN follows it as all others; with gate_bn it does, and b_g is its bias."""
+    """The gate of the next two mixins, g(x) = sigmoid(W_g x + b_g): a 1x1 convolution of the unit's input, with the
+    unit's stride and as many outputs. [2] leaves open whether BN follows it, as it does the others: with gate_bn it
+    does, and b_g is that BN's bias."""
 
     def __init__(self, in_channels, channels, stride=1, gate_bias=-6.0, gate_bn=False, **body):
         super().__init__(in_channels, channels, stride, **body)
@@ -346,7 +352,7 @@ class Gating:
 
 
 class ExclusiveGating(Gating):
-    """[2] Fig. 2(c), after Highway networks: the shortcut is scaled by 1 - g(x), F by g(x)."""
+    """A mixin over Basic or Bottleneck. [2] Fig. 2(c), as in Highway networks: 1 - g(x) scales the shortcut, g(x) F."""
 
     def forward(self, x):
         g = torch.sigmoid(self.gate(x))
@@ -354,7 +360,7 @@ class ExclusiveGating(Gating):
 
 
 class ShortcutGating(Gating):
-    """[2] Fig. 2(d): the shortcut alone is scaled by 1 - g(x)."""
+    """A mixin over Basic or Bottleneck. [2] Fig. 2(d): 1 - g(x) scales the shortcut; F is left alone."""
 
     def forward(self, x):
         g = torch.sigmoid(self.gate(x))
@@ -362,15 +368,15 @@ class ShortcutGating(Gating):
 
 
 class ConvShortcut:
-    """[2] Fig. 2(e): a 1x1 convolution (and BN) on every shortcut, option C of [1]."""
+    """A mixin over Basic or Bottleneck. [2] Fig. 2(e): a 1x1 convolution and BN on every shortcut, option C of [1]."""
 
     def __init__(self, in_channels, channels, stride=1):
         super().__init__(in_channels, channels, stride, option="C")
 
 
 class DropoutShortcut:
-    """[2] Fig. 2(f): half of the shortcut's elements are dropped and the others not scaled up (torch doubles them while
-    training), so that its expected scale is 0.5 as [2] has it."""
+    """A mixin over Basic or Bottleneck. [2] Fig. 2(f): half of the shortcut's elements are dropped. The others are not
+    scaled up (torch doubles them while training, hence the 0.5), so that the expected scale is 0.5, as in [2]."""
 
     def forward(self, x):
         return relu(0.5 * dropout(self.shortcut(x), 0.5, self.training) + self.residual(x))
@@ -397,7 +403,7 @@ class BasicDropoutShortcut(DropoutShortcut, Basic):
 
 
 class BasicRescaledDropout(Basic):
-    """Left open by [2] for Fig. 2(f): what dropout keeps is doubled while training, so that the expected scale is 1."""
+    """What [2] leaves open for Fig. 2(f): the elements kept are doubled while training: the expected scale is 1."""
 
     def forward(self, x):
         return relu(dropout(self.shortcut(x), 0.5, self.training) + self.residual(x))
@@ -423,7 +429,7 @@ class BottleneckDropoutShortcut(DropoutShortcut, Bottleneck):
     """[2] Fig. 2(f), Section 5: ImageNet's ResNet-101."""
 
 
-# The command line's names: a body, and what the panel changes
+# The command line's names: a body, then what the panel changes
 
 UNITS = {
     "basic": Basic,
@@ -457,35 +463,52 @@ UNITS = {
 
 def arguments(unit):
     """The keyword arguments of a unit's own with their defaults, such as {"option": "A", "gate_bias": -6.0}."""
-    found = {}
+    defaults = {}
     for base in unit.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters.values()
             own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "stride"}
-            found = own | found
+            defaults = own | defaults
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-                return found
+                return defaults
 
 
-def order(unit):
-    """The operations of a unit (a module) in the order in which they run, read out of it: "conv3x3 bn relu ..."."""
-    words = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu", "Identity": ""}
-    found = []
-    for node in fx.symbolic_trace(unit).graph.nodes:
+def order(module):
+    """The operations of a unit or net in the order in which they run, read out of the module: "conv3x3 bn relu ..."."""
+    names = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu", "Identity": ""}
+    operations = []
+    for node in fx.symbolic_trace(module).graph.nodes:
         if node.op == "call_module":
-            layer = unit.get_submodule(node.target)
-            size = "{}x{}".format(*layer.kernel_size) if isinstance(layer, nn.Conv2d) else ""
-            name = type(layer).__name__
-            found.append("conv" + size if size else words.get(name, name))
+            layer = module.get_submodule(node.target)
+            size = "conv{}x{}".format(*layer.kernel_size) if isinstance(layer, nn.Conv2d) else ""
+            operations.append(size or names.get(type(layer).__name__, type(layer).__name__))
         elif node.op == "call_function":
-            found.append(words.get(node.target.__name__, node.target.__name__))
-    return " ".join(filter(None, found))
+            operations.append(names.get(node.target.__name__, node.target.__name__))
+    return " ".join(filter(None, operations))
+
+
+def summary(name):
+    """A line about a unit: its name, its operations, the shapes that go in and come out, its parameters."""
+    unit = UNITS[name]
+    x = torch.zeros(1, 16 * unit.expansion, 32, 32)
+    example = unit(x.shape[1], 16)
+    shapes = " -> ".join("x".join(map(str, t.shape[1:])) for t in (x, example(x)))
+    parameters = sum(p.numel() for p in example.parameters())
+    return f"{name:28}{order(example):72}{shapes:24}{parameters:>6,} parameters"
+
+
+def source(name):
+    """The text of a file that holds a unit and all that it needs: imports, helpers and bases."""
+    bases = [base for base in reversed(UNITS[name].__mro__) if base.__module__ == __name__]
+    text = "\n\n\n".join(inspect.getsource(part).rstrip() for part in (conv, ZeroPad, shortcut, *bases))
+    functions = ", ".join(sorted({*re.findall(r"\b(dropout|pad|relu)\(", text)}))
+    imports = "import torch\n" * ("torch.sigmoid" in text) + "from torch import nn\n"
+    imports += f"from torch.nn.functional import {functions}\n"
+    return f"# [1] is arXiv 1512.03385, [2] is arXiv 1603.05027\n\n{imports}\n\n{text}"
 
 
 if __name__ == "__main__":
-    for name, unit in UNITS.items():
-        x = torch.zeros(1, 16 * unit.expansion, 32, 32)
-        example = unit(x.shape[1], 16)
-        shapes = " -> ".join("x".join(map(str, t.shape[1:])) for t in (x, example(x)))
-        parameters = sum(p.numel() for p in example.parameters())
-        print(f"{name:28}{order(example):72}{shapes:24}{parameters:>6,} parameters")
+    parser = argparse.ArgumentParser(description="List the units, or print all that one of them needs elsewhere.")
+    parser.add_argument("name", nargs="?", choices=UNITS, metavar="NAME", help="a unit of the list")
+    chosen = parser.parse_args().name
+    print(source(chosen) if chosen else "\n".join(map(summary, UNITS)))

@@ -386,7 +386,7 @@ def test_what_does_not_fit_is_listed(tmp_path, monkeypatch, capsys):
     deep = {name: t for name, t in ours.items() if not name.startswith("stages.2")}
     with torch.device("meta"):
         next50 = torchvision.models.resnext50_32x4d().state_dict()
-    next50 = {name: torch.zeros(()).expand(t.shape) for name, t in next50.items()}
+    next50 = {name: torch.zeros(t.shape, dtype=torch.float16) for name, t in next50.items()}
     nan = {name: t * torch.nan for name, t in ours.items()}
 
     def said(**other):
@@ -414,6 +414,7 @@ def test_what_does_not_fit_is_listed(tmp_path, monkeypatch, capsys):
         ([1, 2], None, "holds no weights"),
         ({"model": {"a": 1}}, None, "no dict of names and tensors"),
         ({"flags": {}, "model": ours}, None, "lacks"),
+        (theirs | {"module.linear.weight": torch.zeros(1).expand(10**12, 64)}, None, "larger than itself"),
     ]
     for n, (content, layout, words) in enumerate(cases):
         torch.save(content, tmp_path / f"{n}.pth")

@@ -70,21 +70,21 @@ def load(path, layout=None):
         elif about is None:
             raise ValueError("it does not say which unit it is of; its run's folder does, or what weights.py writes")
         net, names = skeleton(state, about, layout)
+        weights = {key: state[name] for key, name in names.items()}
+        if layout == "msra":
+            weights = normal_and_rgb(net, weights, state.get("conv1_b"))
+        if layout == "akamaster" and about["unit_args"]["option"] == "A":
+            pad_at_the_end(net, weights)
+        if not all(t.isfinite().all() for t in weights.values()):
+            raise ValueError("it holds weights that are not finite")
+        net.to_empty(device="cpu")
+        with torch.no_grad():
+            for key, tensor in net.state_dict().items():
+                tensor.copy_(weights[key])
     except ValueError as error:
         raise ValueError(f"{path} does not fit: {error}") from None
     except Exception as error:  # a crafted file may lead to anything
         raise ValueError(f"{path} does not fit: {type(error).__name__}: {error}") from None
-    weights = {key: state[name] for key, name in names.items()}
-    if layout == "msra":
-        weights = normal_and_rgb(net, weights, state.get("conv1_b"))
-    if layout == "akamaster" and about["unit_args"]["option"] == "A":
-        pad_at_the_end(net, weights)
-    if not all(t.isfinite().all() for t in weights.values()):
-        raise ValueError(f"{path} holds weights that are not finite")
-    net.to_empty(device="cpu")
-    with torch.no_grad():
-        for key, tensor in net.state_dict().items():
-            tensor.copy_(weights[key])
     return net.eval(), about
 
 
@@ -115,6 +115,8 @@ def read(path):
         held = {name: t.tensor() if isinstance(t, Array) else t for name, t in held.items()}
         if not held or not all(isinstance(t, torch.Tensor) for t in held.values()):
             raise ValueError("it is no dict of names and tensors")
+        if path.suffix != ".pkl" and sum(t.nbytes for t in held.values()) > path.stat().st_size:
+            raise ValueError("its tensors are larger than itself")  # one number, repeated without end
         return plain_names(held), about
     except pickle.UnpicklingError:
         raise ValueError(

@@ -167,7 +167,7 @@ def test_unit_arguments_arrive():
     assert units.arguments(units.BasicConstantScaling) == {
         "option": "A", "shortcut_scale": 0.5, "residual_scale": 0.5
     }  # fmt: skip
-    gating = {"option": "B", "gate_bias": -6.0, "gate_bn": False}
+    gating = {"option": "B", "stride_on_3x3": False, "gate_bias": -6.0, "gate_bn": False}
     assert units.arguments(units.BottleneckShortcutGating) == gating
     assert units.arguments(units.BasicPlain) == units.arguments(units.BottleneckConvShortcut) == {}
 

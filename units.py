@@ -93,12 +93,13 @@ class Bottleneck(nn.Module):
 
     weights, expansion, preact = 3, 4, None
 
-    def __init__(self, in_channels, channels, stride=1, option="B"):
+    def __init__(self, in_channels, channels, stride=1, option="B", stride_on_3x3=False):
         super().__init__()
-        # The stride is on the first 1x1, as in the authors' nets; torchvision and fb.resnet.torch have it on the 3x3.
-        self.conv1 = conv(1, in_channels, channels, stride)
+        # The stride is on the first 1x1, as the authors have it; torchvision and fb.resnet.torch put it on the 3x3.
+        first, second = (1, stride) if stride_on_3x3 else (stride, 1)
+        self.conv1 = conv(1, in_channels, channels, first)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(3, channels, channels)
+        self.conv2 = conv(3, channels, channels, second)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = conv(1, channels, channels * 4)
         self.bn3 = nn.BatchNorm2d(channels * 4)

@@ -1,0 +1,119 @@
+"""The five likeliest classes of pictures, by a net of a run's folder or of a file of weights.
+
+    python predict.py runs/cifar10-20-basic-seed1 cat.jpg dog.png
+    python predict.py resnet50.pth pictures/*.jpg --test 10-crop --json
+
+A picture is turned upright as its EXIF data say, which training and evaluation never do, and this is said. A CIFAR net
+sees the centre of the picture scaled to a shorter side of 32, an ImageNet net the views of a protocol of the papers.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import checkpoint
+import data
+import weights
+
+
+def views_of(path, protocol, size):
+    """The views of a picture, each (H, W, 3), and whether it was turned. Raises whatever reading it does."""
+    with Image.open(path) as image:
+        if max(image.size) > 50 * min(image.size):
+            raise ValueError(f"of {image.width} x {image.height} pixels too little is left in any view")
+        upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+        if protocol is None:
+            return data.centre(*data.scaled(upright, size), size), upright is not image
+        return data.test_views(upright, 0, protocol, size), upright is not image
+
+
+@torch.inference_mode()
+def probabilities(net, about, views, flips):
+    """The softmax (N, classes) averaged over the views of each of N pictures, and over their flips."""
+    device = net.fc.weight.device
+    mean, std = about["mean"].to(device), about["std"].to(device)
+    scores = torch.zeros(len(views), len(about["classes"]), dtype=torch.float64, device=device)
+    flat, places, _ = data.test_batch([(list(of_one), 0) for of_one in views])
+    for pixels, which in data.same_size(flat.to(device), places):
+        for part, rows in zip(pixels.split(32), which.to(device).split(32), strict=True):
+            part = (part.permute(0, 3, 1, 2).float() - mean) / std
+            for turned in (part, part.flip(3)) if flips else (part,):
+                scores.index_add_(0, rows, net(turned).double().softmax(dim=1))
+    return (scores / scores.sum(dim=1, keepdim=True)).cpu()
+
+
+def predict(net, about, paths, protocol=None):
+    """{"picture": path, "turned": by EXIF, "classes": [(name, probability), ...]} of each picture in order, or
+    {"picture": path, "problem": why it cannot be read}. The protocol, of data.PROTOCOLS, is for ImageNet's nets."""
+    paths = iter(paths)
+    while batch := [{"picture": path} for path in itertools.islice(paths, 32)]:
+        views = []
+        for found in batch:
+            try:
+                of_one, found["turned"] = views_of(found["picture"], protocol, about["size"])
+                views.append(of_one)
+            except Exception as error:  # a damaged file may raise anything
+                found["problem"] = str(error) or type(error).__name__
+        rows = iter(probabilities(net, about, views, bool(protocol) and data.PROTOCOLS[protocol][-1]))
+        for found in batch:
+            if "problem" not in found:
+                top = next(rows).topk(min(5, len(about["classes"])))
+                names = [about["classes"][c] for c in top.indices]
+                found["classes"] = list(zip(names, top.values.tolist(), strict=True))
+            yield found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="FROM", help="a run's folder or a file of weights")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+")
+    parser.add_argument("--layout", choices=weights.LAYOUTS, help="what FROM cannot tell; see weights.py --help")
+    parser.add_argument("--test", choices=data.PROTOCOLS, help="the views of a picture (default 1-crop)")
+    parser.add_argument("--json", action="store_true", help="an object a line and a picture, for programs")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    args = parser.parse_args()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        net, about = weights.load(args.source, args.layout)
+        cifar = net.stem[0].kernel_size == (3, 3)
+        if args.test and cifar:
+            raise ValueError(f"--test {args.test} is for ImageNet's nets: this one sees a picture's centre alone")
+        net.to(device, memory_format=torch.channels_last)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        checkpoint.fail(error)
+    torch.backends.cudnn.allow_tf32 = False
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    bad = 0
+    found = predict(net, about, args.pictures, None if cifar else args.test or "1-crop")
+    many = len(args.pictures) > 64
+    for picture in tqdm(found, total=len(args.pictures), unit="picture", disable=None if many else True):
+        bad += "problem" in picture
+        if "problem" in picture:
+            checkpoint.tell(f"{picture['picture']} cannot be read: {picture['problem']}")
+        say(json.dumps(picture) if args.json else block(**picture))
+    return 2 if bad else 0
+
+
+def block(picture, classes=(), turned=False, problem=None):
+    """What is printed for a picture."""
+    note = " (not read)" if problem else " (turned upright, as its EXIF data say)" if turned else ""
+    return "\n".join([f"{picture}{note}", *(f"{100 * p:7.2f} %  {name}" for name, p in classes)])
+
+
+def say(line):
+    """Print above the progress bar. That nobody reads it (| head) changes nothing."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

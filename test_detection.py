@@ -397,8 +397,8 @@ def test_the_loss_is_finite(case, dtype):
 
 
 def test_the_loss_is_the_papers(monkeypatch):
-    """Each of its four terms, by hand, out of what was sampled: at most 64 regions of which a quarter are objects, at
-    most 256 anchors of which half are; ground truth is among the regions; of the boxes the own class's alone counts."""
+    """Each of its four terms, by hand, out of what was sampled; ground truth is among the regions; of a region's
+    boxes its class's alone counts."""
     net = detector().double().train()
     image, boxes = PICTURE.double(), OBJECTS[0].double()
     seen = {}
@@ -448,6 +448,19 @@ def test_the_loss_is_the_papers(monkeypatch):
             expected = expected + smooth_l1(coded[i, label] - torch.stack([x, y, w, h]), 1) / len(labels)
     torch.testing.assert_close(loss, expected)
     assert error == (scores.argmax(dim=1) != labels).double().mean()
+
+
+def test_how_many_are_sampled():
+    """256 anchors, half of them objects, and 64 regions, a quarter; the rest is filled up with background."""
+    net = detector()
+    for sampler, objects_, expected in (
+        (net.rpn.fg_bg_sampler, 500, (128, 128)),
+        (net.rpn.fg_bg_sampler, 20, (20, 236)),
+        (net.sampler.fg_bg_sampler, 500, (16, 48)),
+        (net.sampler.fg_bg_sampler, 5, (5, 59)),
+    ):
+        labels = torch.tensor([1] * objects_ + [0] * 500 + [-1] * 500)
+        assert tuple(int(mask[0].sum()) for mask in sampler([labels])) == expected
 
 
 def test_what_a_step_draws_is_the_seeds():

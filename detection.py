@@ -1,24 +1,24 @@
-"""Faster R-CNN on any net of models.py or on VGG-16, [1] Appendix A, after
+"""Faster R-CNN on any net of models.py or on VGG-16, [1] Appendix A, out of torchvision's parts, after
 
 [3] Ren, He, Girshick, Sun: Faster R-CNN. arXiv 1506.01497v3
 
-out of torchvision's parts; and what its detections are worth and look like. Images are (3, H, W) in 0 ... 1, of any
-size and one at a time; boxes (N, 4) are (x1, y1, x2, y2) in pixels, half open; labels (N,) are 1, 2, ..., and 0 is no
-object.
+Images are (3, H, W), RGB in 0 ... 1, of any size and one at a time. Boxes (N, 4) are (x1, y1, x2, y2) in pixels, half
+open; labels (N,) are 1, 2, ..., and 0 is no object.
 """
 
-import numpy as np
 import torch
-from PIL import ImageDraw
 from torch import nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
+from torchvision.models import vgg16
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_iou, clip_boxes_to_image, roi_pool
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_pool
+from torchvision.utils import draw_bounding_boxes
 
-from models import ResNet
+from models import ResNet, imagenet_resnet
+from units import UNITS
 
 STRIDE = 16  # of the shared map: conv4_x's, or VGG-16's conv5_3's
 
@@ -47,15 +47,13 @@ class Detector(nn.Module):
     conv5_x and up, in the place of VGG-16's fc6 and fc7, and two sibling layers, which tell class and box.
 
     net: a models.ResNet, or torchvision's vgg16, that has learnt to classify images of the given mean and std (3
-    numbers each, of RGB in 0 ... 1). Its BN becomes a fixed scale and offset, and its first layers no longer train:
-    conv1 and conv2_x, or conv1_1 to conv2_2. In a pre-activation net the RPN and the regions read conv4_x's raw sum.
+    numbers each). Its BN becomes a fixed scale and offset, and its first layers no longer train: conv1 and conv2_x, or
+    conv1_1 to conv2_2. In a pre-activation net the RPN and the regions read the raw sum of conv4_x.
     regions: how many of an image are trained on. roi: the size that they are pooled to, by default 14 before conv5_1,
     whose stride is 2, and 7 before fc6, which wants no other.
     """
 
-    def __init__(
-        self, net, classes, short=SHORT, roi=None, regions=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    ):
+    def __init__(self, net, classes, mean, std, short=SHORT, roi=None, regions=64):
         super().__init__()
         if isinstance(net, ResNet):
             self.roi, fixed = roi or 14, 2
@@ -74,22 +72,15 @@ class Detector(nn.Module):
         scale = short / SHORT
         self.transform = GeneralizedRCNNTransform(short, round(LONG * scale), mean, std)
         anchors = AnchorGenerator((tuple(side * scale for side in ANCHORS),), (RATIOS,))
-        self.rpn = RPN(
-            anchors,
-            RPNHead(channels, len(ANCHORS) * len(RATIOS)),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 12_000, "testing": 6_000},
-            post_nms_top_n={"training": 2_000, "testing": 300},
-            nms_thresh=0.7,
-        )
+        head = RPNHead(channels, len(ANCHORS) * len(RATIOS))
+        before, after = {"training": 12_000, "testing": 6_000}, {"training": 2_000, "testing": 300}  # NMS at IoU 0.7
+        # objects from IoU 0.7, background below 0.3; 256 anchors of which half are objects; smooth L1 with beta 1/9
+        self.rpn = RPN(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
         self.rpn.min_size = SMALLEST * scale
-        # of which what chooses regions to train on, and their boxes' coding, are used
+        # chooses the regions to train on: objects from IoU 0.5, a quarter of them; and codes their boxes
         self.sampler = RoIHeads(None, None, None, 0.5, 0.5, regions, 0.25, (10, 10, 5, 5), None, None, None)
         self.cls, self.box = nn.Linear(features, classes + 1), nn.Linear(features, 4 * (classes + 1))
-        for layer in (*self.rpn.head.modules(), self.cls, self.box):
+        for layer in (*head.modules(), self.cls, self.box):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.normal_(layer.weight, std=0.001 if layer is self.box else 0.01)
                 nn.init.zeros_(layer.bias)
@@ -117,8 +108,7 @@ class Detector(nn.Module):
         (proposals,), _, (labels,), (codes,) = self.sampler.select_training_samples([proposals], targets)
         scores, coded = self.classify(maps, proposals)
         objects = labels > 0
-        coded = coded[objects, labels[objects]]
-        box_loss = smooth_l1_loss(coded, codes[objects], reduction="sum") / len(labels)
+        box_loss = smooth_l1_loss(coded[objects, labels[objects]], codes[objects], reduction="sum") / len(labels)
         loss = rpn["loss_objectness"] + rpn["loss_rpn_box_reg"] + cross_entropy(scores, labels) + box_loss
         return loss, (scores.argmax(dim=1) != labels).float().mean()
 
@@ -148,55 +138,28 @@ def fix_bn(parent):
 
 
 def objective(net, image, boxes, labels, seed):
-    """The loss and the error of one training image. What it draws (anchors, regions, dropout) is `seed`'s: of the same
-    image in the same iteration it is the same on any number of processes."""
+    """The loss and the error of one training image. What it draws (anchors, regions, dropout) is the seed's: of the
+    same image in the same iteration it is the same on any number of processes."""
     torch.manual_seed(seed)
     return net.losses(image, boxes, labels)
 
 
-def average_precision(found, truth, label, eleven_points, least=0.5):
-    """The AP (0 ... 1) of a class, or nan if it does not occur, by the rules of the VOC devkit: as of 2007 the mean
-    precision at 11 recalls, as of 2010 (not eleven_points) the area under the curve.
-
-    found: of each image what `detect` found. truth: of each image its boxes, labels and which are difficult. By
-    falling score, a box is right if of all objects of its class it overlaps that of the largest IoU, above `least`, and
-    as the first; if that one is difficult it is neither right nor wrong.
-    """
-    scores, right, positives = [], [], 0
-    for detections, (boxes, labels, difficult) in zip(found, truth, strict=True):
-        boxes, difficult = boxes[labels == label], difficult[labels == label]
-        positives += int((~difficult).sum())
-        mine = (detections["labels"] == label).nonzero().flatten()
-        mine = mine[detections["scores"][mine].argsort(descending=True, stable=True)]
-        overlaps = box_iou(detections["boxes"][mine].double(), boxes.double())
-        taken = set()
-        for score, overlap in zip(detections["scores"][mine].tolist(), overlaps, strict=True):
-            i = int(overlap.argmax()) if len(boxes) else -1
-            hit = i >= 0 and bool(overlap[i] > least)
-            if not (hit and difficult[i]):
-                scores.append(score)
-                right.append(hit and i not in taken)
-            if hit:
-                taken.add(i)
-    if not positives:
-        return float("nan")
-    right = np.array(right, dtype=bool)[np.argsort(-np.array(scores), kind="stable")].cumsum()
-    recall, precision = right / positives, right / np.arange(1, 1 + len(right))
-    if eleven_points:
-        return float(np.mean([precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)]))
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # that of the same or a larger recall
-    return float((np.diff(recall, prepend=0) * precision).sum())
+def classifier(args, classes):
+    """The net that the flags of detection_train.py name, whole, with new weights."""
+    if args.vgg:
+        return vgg16(weights=None, init_weights=False)
+    return imagenet_resnet(args.depth, UNITS[args.unit], classes, args.width, **args.unit_args)
 
 
-def draw(image, found, classes, least=0.5):
-    """A PIL image with the boxes, names and scores of what was found with a score of `least` or more."""
-    image = image.convert("RGB")
-    pen = ImageDraw.Draw(image)
-    for box, score, label in zip(*(found[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
-        if score >= least:
-            colour = f"hsl({360 * label // len(classes)}, 100%, 40%)"
-            text, corner = f"{classes[label - 1]} {score:.2f}", (box[0] + 2, box[1])
-            pen.rectangle(box, outline=colour, width=2)
-            pen.rectangle(pen.textbbox(corner, text), fill=colour)
-            pen.text(corner, text, fill="white")
-    return image
+def detector(args, about, net=None):
+    """The detector that the flags of detection_train.py make of a net, or of a new one. about: as in a checkpoint."""
+    classes, (mean, std) = len(about["classes"]), ((about[name].flatten() / 255).tolist() for name in ("mean", "std"))
+    return Detector(net or classifier(args, classes), classes, mean, std, args.short, args.roi, args.regions)
+
+
+def draw(pixels, found, classes, least=0.5):
+    """Pixels (3, H, W), uint8, with the boxes, names and scores of what was found with a score of `least` or more."""
+    boxes, scores, labels = (found[key][found["scores"] >= least].cpu() for key in ("boxes", "scores", "labels"))
+    names = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+    colours = [f"hsl({360 * label // len(classes)}, 100%, 40%)" for label in labels.tolist()]
+    return draw_bounding_boxes(pixels, boxes, names, colours, width=2) if names else pixels

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import signal
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -566,3 +567,136 @@ def jitter(images, factors, order, grey):
         other = shade * (kind == 2) + shade.mean(dim=(2, 3), keepdim=True) * (kind == 1)
         images = factor * images + (1 - factor) * other
     return images
+
+
+# Detection. An image's objects are boxes (N, 4), labels (N,) and difficult (N,): float32, int64 and bool. A box is
+# (x1, y1, x2, y2) in pixels, half open, so that its width is x2 - x1; the label of classes[i] is 1 + i.
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+
+
+def load_detection(dataset, root, train="07+12", limit=0):
+    """The images to train on, each of which has an object, and those to test on.
+
+    dataset: "voc" is VOC 2007's test set and the trainval sets of 2007 (train "07") and 2012 ("07+12") under `root`,
+    downloaded when absent; or root itself where it is a folder in VOC's layout, with the classes found in it: its
+    trainval.txt and test.txt if it has both, or train.txt and val.txt. "synthetic" needs nothing. With a limit, the
+    first images alone (synthetic: and a fifth as many to test on). Raises ValueError naming what is not as it must be.
+    """
+    if dataset == "synthetic":
+        return Shapes(limit or 1000, 0), Shapes(math.ceil((limit or 1000) / 5), 10**6)
+    root, classes = pathlib.Path(root), None
+    if (root / "Annotations").is_dir():
+        both = all((root / "ImageSets/Main" / f"{part}.txt").exists() for part in ("trainval", "test"))
+        learn, test = [(root, "trainval" if both else "train")], (root, "test" if both else "val")
+    else:
+        learn, classes = [voc_part(root, "20" + year, "trainval") for year in train.split("+")], VOC_CLASSES
+        test = voc_part(root, "2007", "test")
+    images = VOCImages(learn, classes, True, limit)
+    return images, VOCImages([test], images.classes, False, limit)
+
+
+def voc_part(root, year, part):
+    folder = root / "VOCdevkit" / f"VOC{year}"
+    if not (folder / "ImageSets/Main" / f"{part}.txt").exists():
+        from torchvision.datasets import VOCDetection
+
+        kind = functools.partial(VOCDetection, year=year, image_set=part)
+        kind.url = "http://host.robots.ox.ac.uk/pascal/VOC"
+        download(kind, root, folder / "ImageSets/Main" / f"{part}.txt")
+    return folder, part
+
+
+class VOCImages(ImageFiles):
+    """The images of [(folder, part of ImageSets/Main), ...] in VOC's layout. To train on: without their difficult
+    objects, and then without the images that have none. Classes of None are those found, sorted."""
+
+    def __init__(self, parts, classes, train, limit):
+        files, found = [], {}
+        for folder, part in parts:
+            try:
+                names = (folder / "ImageSets/Main" / f"{part}.txt").read_text().split()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{folder} is not in VOC's layout: {error}") from None
+            files += [folder / "JPEGImages" / f"{name}.jpg" for name in names]
+        for file in files[: limit or None]:
+            objects = [o for o in voc_objects(file, classes) if not (train and o[2])]
+            if objects or not train:
+                found[file] = objects
+        if not any(found.values()):
+            raise ValueError(f"no image of {parts[0][1]}.txt in {parts[0][0]} has an object")
+        self.classes = classes or sorted({name for objects in found.values() for name, _, _ in objects})
+        self.names, self.labels, self.objects = np.array([os.fsencode(f) for f in found]), np.arange(len(found)), []
+        for objects in found.values():
+            boxes = torch.tensor([box for _, box, _ in objects]).view(-1, 4)
+            labels = torch.tensor([1 + self.classes.index(name) for name, _, _ in objects], dtype=torch.int64)
+            self.objects.append((boxes, labels, torch.tensor([d for _, _, d in objects], dtype=torch.bool)))
+
+
+def voc_objects(file, classes):
+    """[(class, box, difficult), ...] of an image file in VOC's layout. VOC counts pixels from 1 and its boxes contain
+    both their ends; what lies outside the image is cut off."""
+    path = where = file.parents[1] / "Annotations" / f"{file.stem}.xml"
+    objects, sides = [], ("xmin", "ymin", "xmax", "ymax")
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+        for n, element in enumerate(ElementTree.parse(path).iterfind("object"), 1):
+            where = f"{path}, object {n}"
+            name = element.findtext("name", "").strip()
+            if not name or name not in (classes or [name]):
+                raise ValueError(f"its name {name!r} is none of {', '.join(classes or ['any class'])}")
+            x1, y1, x2, y2 = said = [float(element.findtext(f"bndbox/{side}", "absent")) for side in sides]
+            box = max(x1 - 1, 0), max(y1 - 1, 0), min(x2, width), min(y2, height)
+            if not (box[0] < box[2] and box[1] < box[3]):
+                raise ValueError(f"its box {said} contains no pixel of the image, which has {width} x {height}")
+            objects.append((name, box, element.findtext("difficult", "0").strip() == "1"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return objects
+
+
+class Shapes(SyntheticImages):
+    """n learnable images of 128 x 128 pixels, made in memory, the same at every call: 1 to 3 shapes apart from each
+    other, each about its class's colour, on a ground of smooth colours."""
+
+    classes = ["cross", "disc", "ring", "square", "triangle"]
+    colours = np.array([(40, 200, 210), (220, 40, 40), (230, 210, 40), (40, 190, 60), (50, 70, 220)])
+
+    def __init__(self, n, first):
+        self.first, self.labels = first, np.arange(n)
+        self.pixels, self.objects = zip(*(self.draw(first + i) for i in range(n)), strict=True)
+
+    def draw(self, index):
+        rng = np.random.default_rng((2016, index))
+        ground = Image.fromarray(rng.normal(128, 40, (5, 5, 3)).clip(0, 255).astype(np.uint8))
+        pixels = np.array(ground.resize((128, 128), Image.Resampling.BICUBIC)).astype(np.int64)
+        boxes, labels, wanted = np.zeros((0, 4), np.int64), [], rng.integers(1, 4)
+        for kind in rng.integers(0, 5, 3 * wanted):  # places that are taken are passed over
+            height, width = 2 * rng.integers(13, 33, 2) + 1  # odd: so a disc reaches the sides of its box
+            x1, y1 = rng.integers(0, (129 - width, 129 - height))
+            x2, y2 = x1 + width, y1 + height
+            if len(boxes) < wanted and not ((boxes[:, :2] < (x2, y2)) & (boxes[:, 2:] > (x1, y1))).all(axis=1).any():
+                y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+                r, arm = np.hypot(x, y), np.minimum(abs(x), abs(y))
+                inside = (arm < 0.33, r < 1.001, abs(r - 0.78) < 0.221, r < 2, 2 * abs(x) < y + 1.001)[kind]
+                pixels[y1:y2, x1:x2][inside] = self.colours[kind] + rng.normal(0, 20, 3)
+                boxes, labels = np.vstack([boxes, (x1, y1, x2, y2)]), [*labels, 1 + kind]
+        pixels = (pixels + rng.integers(-16, 17, pixels.shape)).clip(0, 255).astype(np.uint8)
+        return pixels, (torch.from_numpy(boxes).float(), torch.tensor(labels), torch.zeros(len(labels)).bool())
+
+    def open(self, index):
+        return Image.fromarray(self.pixels[index])
+
+
+def with_objects(image, epoch, index, objects, seed):
+    """A training view of an opened image, a pure function of (seed, epoch, index): pixels (H, W, 3), its boxes and
+    labels, half of them flipped."""
+    pixels, (boxes, labels, _) = decode(image, 1), objects[index]
+    if np.random.default_rng((seed, epoch, 1 + index)).random() < 0.5:
+        x1, y1, x2, y2 = boxes.unbind(dim=1)
+        pixels, boxes = pixels.flip(1), torch.stack([pixels.shape[1] - x2, y1, pixels.shape[1] - x1, y2], dim=1)
+    return pixels, boxes, labels

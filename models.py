@@ -71,11 +71,12 @@ def cifar_resnet(depth, unit, num_classes=10, **unit_args):
     return ResNet(stem, 16, [count] * 3, unit, num_classes, unit_args)
 
 
-def imagenet_resnet(depth, unit, num_classes=1000, caffe_pool=False, **unit_args):
+def imagenet_resnet(depth, unit, num_classes=1000, width=64, caffe_pool=False, **unit_args):
     """[1] Table 1, [2] footnote 3: four stages on maps of 56, 28, 14 and 7 pixels (of an image of 224), 64, 128, 256
     and 512 channels wide (a bottleneck's outputs: 4 times). Option B by default. Raises ValueError for other depths.
 
-    caffe_pool: the first max-pooling is that of the authors' released nets, without padding and rounded up."""
+    width: of the first stage, where that is not 64. caffe_pool: the first max-pooling is that of the authors' released
+    nets, without padding and rounded up."""
     counts = UNITS_PER_STAGE.get(depth, ())
     if 2 + unit.weights * sum(counts) != depth:
         fit = {w: [str(d) for d, n in UNITS_PER_STAGE.items() if 2 + w * sum(n) == d] for w in (2, 3)}
@@ -84,5 +85,5 @@ def imagenet_resnet(depth, unit, num_classes=1000, caffe_pool=False, **unit_args
     if "option" in arguments(unit):
         unit_args = {"option": "B"} | unit_args
     pool = nn.MaxPool2d(3, stride=2, ceil_mode=True) if caffe_pool else nn.MaxPool2d(3, stride=2, padding=1)
-    stem = conv(7, 3, 64, stride=2), nn.BatchNorm2d(64), nn.ReLU(), pool
-    return ResNet(stem, 64, counts, unit, num_classes, unit_args)
+    stem = conv(7, 3, width, stride=2), nn.BatchNorm2d(width), nn.ReLU(), pool
+    return ResNet(stem, width, counts, unit, num_classes, unit_args)

@@ -1,0 +1,165 @@
+"""Faster R-CNN on any net of models.py or on VGG-16, [1] Appendix A, out of torchvision's parts, after
+
+[3] Ren, He, Girshick, Sun: Faster R-CNN. arXiv 1506.01497v3
+
+Images are (3, H, W), RGB in 0 ... 1, of any size and one at a time. Boxes (N, 4) are (x1, y1, x2, y2) in pixels, half
+open; labels (N,) are 1, 2, ..., and 0 is no object.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+from torchvision.models import vgg16
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_pool
+from torchvision.utils import draw_bounding_boxes
+
+from models import ResNet, imagenet_resnet
+from units import UNITS
+
+STRIDE = 16  # of the shared map: conv4_x's, or VGG-16's conv5_3's
+
+# Pixels, where the shorter side of an image has 600 ([1] Appendix B); with another one all of them change along
+SHORT, LONG = 600, 1000  # a longer side has 1000 at most, which may make the shorter one shorter
+ANCHORS, RATIOS = (128, 256, 512), (0.5, 1.0, 2.0)  # [3] Section 3.3: sides of square ones; heights over widths
+SMALLEST = 16  # side of a proposal
+
+
+class RPN(RegionProposalNetwork):
+    """[3] Section 3.3: in training, anchors that cross the image's border are left out: they have the label -1. Where
+    all of them do, as in an image too narrow, none is left out."""
+
+    def assign_targets_to_anchors(self, anchors, targets):
+        (anchors,), height, width = anchors, *targets[0]["size"]
+        inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
+        inside |= ~inside.any()
+        (own_labels,), (own_boxes,) = super().assign_targets_to_anchors([anchors[inside]], targets)
+        labels, boxes = own_labels.new_full((len(anchors),), -1), anchors.clone()
+        labels[inside], boxes[inside] = own_labels, own_boxes.to(boxes)
+        return [labels], [boxes]
+
+
+class Detector(nn.Module):
+    """A net cut before conv5_1. What stands before is shared by the RPN and, for every region that this proposes, by
+    conv5_x and up, in the place of VGG-16's fc6 and fc7, and two sibling layers, which tell class and box.
+
+    net: a models.ResNet, or torchvision's vgg16, that has learnt to classify images of the given mean and std (3
+    numbers each). Its BN becomes a fixed scale and offset, and its first layers no longer train: conv1 and conv2_x, or
+    conv1_1 to conv2_2. In a pre-activation net the RPN and the regions read the raw sum of conv4_x.
+    regions: how many of an image are trained on. roi: the size that they are pooled to, by default 14 before conv5_1,
+    whose stride is 2, and 7 before fc6, which wants no other.
+    """
+
+    def __init__(self, net, classes, mean, std, short=SHORT, roi=None, regions=64):
+        super().__init__()
+        if isinstance(net, ResNet):
+            self.roi, fixed = roi or 14, 2
+            self.trunk = nn.Sequential(net.stem, *net.stages[:3])
+            self.head = nn.Sequential(net.stages[3], net.last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            channels, features = net.stages[3][0].conv1.in_channels, net.fc.in_features
+        else:
+            self.roi, fixed = roi or 7, 10
+            self.trunk = net.features[:-1]  # without the last pooling
+            self.head = nn.Sequential(nn.Flatten(), *net.classifier[:-1])
+            channels, features = net.features[-3].out_channels, net.classifier[-1].in_features
+        fix_bn(self.trunk)
+        fix_bn(self.head)
+        self.trunk[:fixed].requires_grad_(False)
+
+        scale = short / SHORT
+        self.transform = GeneralizedRCNNTransform(short, round(LONG * scale), mean, std)
+        anchors = AnchorGenerator((tuple(side * scale for side in ANCHORS),), (RATIOS,))
+        head = RPNHead(channels, len(ANCHORS) * len(RATIOS))
+        before, after = {"training": 12_000, "testing": 6_000}, {"training": 2_000, "testing": 300}  # NMS at IoU 0.7
+        # objects from IoU 0.7, background below 0.3; 256 anchors of which half are objects; smooth L1 with beta 1/9
+        self.rpn = RPN(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
+        self.rpn.min_size = SMALLEST * scale
+        # chooses the regions to train on: objects from IoU 0.5, a quarter of them; and codes their boxes
+        self.sampler = RoIHeads(None, None, None, 0.5, 0.5, regions, 0.25, (10, 10, 5, 5), None, None, None)
+        self.cls, self.box = nn.Linear(features, classes + 1), nn.Linear(features, 4 * (classes + 1))
+        for layer in (*head.modules(), self.cls, self.box):
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=0.001 if layer is self.box else 0.01)
+                nn.init.zeros_(layer.bias)
+
+    def propose(self, image, targets=None):
+        """The shared map (1, C, h, w), the proposals' boxes in the scaled image, its size (H, W) and objects, and the
+        RPN's losses."""
+        images, targets = self.transform([image], targets)
+        (size,) = images.image_sizes
+        if targets:
+            targets[0]["size"] = size
+        maps = self.trunk(images.tensors)
+        (proposals,), losses = self.rpn(images, {"0": maps}, targets)
+        return maps, proposals, size, targets, losses
+
+    def classify(self, maps, boxes):
+        """Class scores (R, classes + 1) before the softmax, and for each class a box, coded (R, classes + 1, 4)."""
+        x = self.head(roi_pool(maps, [boxes], self.roi, 1 / STRIDE))
+        return self.cls(x), self.box(x).unflatten(1, (-1, 4))
+
+    def losses(self, image, boxes, labels):
+        """[3] eq. (1), of the RPN and of the regions: the sum of the four losses, and the share of the regions trained
+        on that are classified wrongly."""
+        maps, proposals, _, targets, rpn = self.propose(image, [{"boxes": boxes, "labels": labels}])
+        (proposals,), _, (labels,), (codes,) = self.sampler.select_training_samples([proposals], targets)
+        scores, coded = self.classify(maps, proposals)
+        objects = labels > 0
+        box_loss = smooth_l1_loss(coded[objects, labels[objects]], codes[objects], reduction="sum") / len(labels)
+        loss = rpn["loss_objectness"] + rpn["loss_rpn_box_reg"] + cross_entropy(scores, labels) + box_loss
+        return loss, (scores.argmax(dim=1) != labels).float().mean()
+
+    @torch.inference_mode()
+    def detect(self, image):
+        """{"boxes": (N, 4) in the image's pixels, "scores": (N,), "labels": (N,)}: at most 100, by falling score."""
+        maps, proposals, size, _, _ = self.propose(image)
+        scores, coded = self.classify(maps, proposals)
+        boxes = self.sampler.box_coder.decode(coded.flatten(1), [proposals]).view(coded.shape)
+        boxes, scores = clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
+        labels = torch.arange(1, 1 + scores.shape[1], device=scores.device).expand_as(scores)
+        likely = scores > 0.05
+        boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
+        keep = batched_nms(boxes, scores, labels, 0.3)[:100]
+        boxes = resize_boxes(boxes[keep], size, image.shape[-2:])
+        return {"boxes": boxes, "scores": scores[keep], "labels": labels[keep]}
+
+
+def fix_bn(parent):
+    """Make BN a fixed scale and offset, in place: [1] Appendix A."""
+    for name, child in parent.named_children():
+        fix_bn(child)
+        if isinstance(child, nn.BatchNorm2d):
+            fixed = FrozenBatchNorm2d(child.num_features, child.eps)
+            fixed.load_state_dict(child.state_dict())
+            setattr(parent, name, fixed)
+
+
+def objective(net, image, boxes, labels, seed):
+    """The loss and the error of one training image. What it draws (anchors, regions, dropout) is the seed's: of the
+    same image in the same iteration it is the same on any number of processes."""
+    torch.manual_seed(seed)
+    return net.losses(image, boxes, labels)
+
+
+def classifier(args, classes):
+    """The net that the flags of detection_train.py name, whole, with new weights."""
+    if args.vgg:
+        return vgg16(weights=None, init_weights=False)
+    return imagenet_resnet(args.depth, UNITS[args.unit], classes, args.width, **args.unit_args)
+
+
+def detector(args, about, net=None):
+    """The detector that the flags of detection_train.py make of a net, or of a new one. about: as in a checkpoint."""
+    classes, (mean, std) = len(about["classes"]), ((about[name].flatten() / 255).tolist() for name in ("mean", "std"))
+    return Detector(net or classifier(args, classes), classes, mean, std, args.short, args.roi, args.regions)
+
+
+def draw(pixels, found, classes, least=0.5):
+    """Pixels (3, H, W), uint8, with the boxes, names and scores of what was found with a score of `least` or more."""
+    boxes, scores, labels = (found[key][found["scores"] >= least].cpu() for key in ("boxes", "scores", "labels"))
+    names = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+    colours = [f"hsl({360 * label // len(classes)}, 100%, 40%)" for label in labels.tolist()]
+    return draw_bounding_boxes(pixels, boxes, names, colours, width=2) if names else pixels

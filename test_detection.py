@@ -1,0 +1,655 @@
+"""What detection.py and data.py's detection section do: each of the known ways to get a detector wrong has a test that
+would catch it. No test looks at a clock."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import VGG, vgg16
+from torchvision.models.vgg import make_layers
+from torchvision.ops import FrozenBatchNorm2d
+
+import data
+import detection
+import models
+import units
+
+# The objects of an image
+
+
+def write_voc(folder, images, parts):
+    """A folder in VOC's layout. images: {name: ((width, height), [object, ...])}, an object being an element's text or
+    (class, xmin, ymin, xmax, ymax) and perhaps more elements; parts: {part: names}."""
+    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, (size, objects) in images.items():
+        Image.new("RGB", size).save(folder / "JPEGImages" / f"{name}.jpg")
+        text = "".join(o if isinstance(o, str) else voc_object(*o) for o in objects)
+        size = "<size><width>9</width><height>9</height></size>"  # wrong, as in many sets
+        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{text}</annotation>")
+    for part, names in parts.items():
+        (folder / "ImageSets/Main" / f"{part}.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+def voc_object(name, xmin, ymin, xmax, ymax, more=""):
+    box = f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>"
+    return f"<object>{more}<name>{name}</name><bndbox>{box}</bndbox></object>"
+
+
+DIFFICULT = "<difficult>1</difficult>"
+HEAD = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+
+
+def test_boxes_are_half_open_and_inside_the_image(tmp_path):
+    objects = {
+        (1, 1, 50, 40): [0, 0, 50, 40],  # the whole image
+        (0, 0, 10, 10): [0, 0, 10, 10],  # of a set that counts from 0: never -1, nor 65535
+        (5, 7, 5, 7): [4, 6, 5, 7],  # one pixel
+        (40, 30, 60, 99): [39, 29, 50, 40],  # over the border
+        (45.7, 1, 50.2, 3.5): [44.7, 0, 50, 3.5],
+    }
+    images = {"a": ((50, 40), [("dog", *said, HEAD) for said in objects])}
+    train, test = data.load_detection("voc", write_voc(tmp_path, images, {"train": "a", "val": "a"}))
+    for boxes, labels, difficult in (train.objects[0], test.objects[0]):
+        torch.testing.assert_close(boxes, torch.tensor(list(objects.values())))
+        assert labels.tolist() == [1] * 5 and labels.dtype == torch.int64
+        assert not difficult.any() and difficult.dtype == torch.bool
+
+
+def test_difficult_objects_and_images_without_any(tmp_path):
+    """Neither is trained on; all of them are tested on."""
+    images = {
+        "both": ((50, 40), [("dog", 1, 1, 9, 9, DIFFICULT), ("cat", 2, 2, 9, 9, "<difficult>0</difficult>")]),
+        "none": ((50, 40), []),
+        "hard": ((50, 40), [("cat", 1, 1, 9, 9, DIFFICULT)]),
+        "last": ((50, 40), [("dog", 3, 3, 9, 9)]),
+    }
+    train, test = data.load_detection("voc", write_voc(tmp_path, images, {"train": images, "val": images}))
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert [train.name(i)[-8:] for i in range(len(train))] == ["both.jpg", "last.jpg"]
+    assert [labels.tolist() for _, labels, _ in train.objects] == [[1], [2]]
+    assert [labels.tolist() for _, labels, _ in test.objects] == [[2, 1], [], [1], [2]]
+    assert [difficult.tolist() for _, _, difficult in test.objects] == [[True, False], [], [True], [False]]
+    assert all(boxes.shape == (len(labels), 4) for boxes, labels, _ in test.objects)
+
+
+GOOD = ("cat", 1, 1, 9, 9)
+BAD_OBJECTS = [
+    ([GOOD, ("dog", 9, 1, 3, 9)], "object 2: its box [9.0, 1.0, 3.0, 9.0] contains no pixel"),
+    ([("dog", 60, 1, 70, 9)], "object 1: its box [60.0, 1.0, 70.0, 9.0] contains no pixel"),
+    ([("dog", "nan", 1, 7, 9)], "object 1: its box [nan, 1.0, 7.0, 9.0] contains no pixel"),
+    ([GOOD, GOOD, ("dog", "two", 1, 7, 9)], "object 3: could not convert string to float: 'two'"),
+    (["<object><name>cat</name></object>"], "object 1: could not convert string to float: 'absent'"),
+    ([voc_object(" ", 1, 1, 9, 9)], "object 1: its name '' is none of"),
+    (["<object>"], "a.xml: mismatched tag"),
+]
+
+
+@pytest.mark.parametrize("objects, message", BAD_OBJECTS)
+def test_an_object_that_cannot_be_is_named(objects, message, tmp_path):
+    with pytest.raises(ValueError) as raised:
+        data.load_detection("voc", write_voc(tmp_path, {"a": ((50, 40), objects)}, {"train": "a", "val": "a"}))
+    assert str(tmp_path / "Annotations" / "a.xml") in str(raised.value) and message in str(raised.value)
+
+
+def test_a_folder_that_is_not_in_vocs_layout(tmp_path, monkeypatch):
+    images = {"a": ((50, 40), [GOOD]), "b": ((50, 40), [("cow", 1, 1, 9, 9)]), "c": ((50, 40), [])}
+    write_voc(tmp_path, images, {"train": "a", "val": "b"})
+
+    def problem(root=tmp_path, **parts):
+        write_voc(tmp_path, {}, parts)
+        with pytest.raises(ValueError) as raised:
+            data.load_detection("voc", root)
+        return str(raised.value)
+
+    assert "b.xml, object 1: its name 'cow' is none of cat" in problem()
+    assert "no image of val.txt in" in problem(val="c") and "no image of train.txt in" in problem(train="c", val="a")
+    assert "JPEGImages/d.jpg" in problem(train="ad", val="a")
+    (tmp_path / "ImageSets/Main/val.txt").unlink()
+    assert "is not in VOC's layout" in problem(train="a")
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", offline)
+    said = problem(tmp_path / "elsewhere")
+    assert "VOC2007/ImageSets/Main/trainval.txt" in said and "host.robots.ox.ac.uk" in said and "no network" in said
+
+
+def test_the_parts_of_voc(tmp_path):
+    """07+12 is the trainval sets of both years; the test set is 2007's; the classes are VOC's, in their order."""
+    one = {name: ((20, 10), [("tvmonitor", 1, 1, 9, 9), ("aeroplane", 1, 1, 9, 9)]) for name in "abc"}
+    write_voc(tmp_path / "VOCdevkit/VOC2007", one, {"trainval": "ab", "test": "c"})
+    write_voc(tmp_path / "VOCdevkit/VOC2012", one, {"trainval": "abc"})
+    for part, names in (("07+12", "ababc"), ("07", "ab")):
+        train, test = data.load_detection("voc", tmp_path, part)
+        assert [train.name(i)[-5:-4] for i in range(len(train))] == list(names) and len(test) == 1
+        assert train.classes == test.classes == sorted(data.VOC_CLASSES) and len(train.classes) == 20
+        assert all(labels.tolist() == [20, 1] for _, labels, _ in train.objects)
+    assert [len(images) for images in data.load_detection("voc", tmp_path, limit=3)] == [3, 1]
+
+
+def test_the_parts_of_a_folder_of_ones_own(tmp_path):
+    """Nothing that is tested on is trained on: trainval.txt and test.txt, or train.txt and val.txt."""
+    write_voc(tmp_path, {name: ((20, 10), [GOOD]) for name in "abc"}, {"train": "a", "val": "b", "trainval": "ab"})
+    assert [images.name(0)[-5] for images in data.load_detection("voc", tmp_path)] == ["a", "b"]
+    write_voc(tmp_path, {}, {"test": "c"})
+    train, test = data.load_detection("voc", tmp_path)
+    assert (len(train), test.name(0)[-5]) == (2, "c")
+
+
+def test_synthetic_boxes_are_exact_and_images_pure(monkeypatch):
+    train, test = data.load_detection("synthetic", None, limit=40)
+    again = data.Shapes(5, 35)
+    assert (len(train), len(test)) == (40, 8) and np.array_equal(train.pixels[35:], again.pixels)
+    assert not any(np.array_equal(a, b) for a in train.pixels for b in test.pixels)
+    assert {len(labels) for _, labels, _ in train.objects} == {1, 2, 3}
+    assert {int(label) for _, labels, _ in train.objects for label in labels} == {1, 2, 3, 4, 5}
+    painted = []
+    for level in (9999, -9999):
+        monkeypatch.setattr(data.Shapes, "colours", np.full((5, 3), level))
+        painted.append(data.Shapes(40, 0))
+    for white, black, (boxes, _, _) in zip(painted[0].pixels, painted[1].pixels, train.objects, strict=True):
+        shape = (white != black).any(axis=2)
+        for x1, y1, x2, y2 in boxes.int().tolist():
+            part = shape[y1:y2, x1:x2]
+            assert part[0].any() and part[-1].any() and part[:, 0].any() and part[:, -1].any()
+            shape[y1:y2, x1:x2] = False
+        assert not shape.any()
+
+
+def test_training_views_are_flipped_with_their_boxes():
+    images = data.Shapes(30, 0)
+    before = [boxes.clone() for boxes, _, _ in images.objects]
+
+    def view(i, epoch, seed=1):
+        return data.with_objects(images.open(i), epoch, i, images.objects, seed)
+
+    flipped = []
+    for i, (boxes, labels, _) in enumerate(images.objects):
+        pixels, moved, kept = view(i, 0)
+        original = torch.from_numpy(images.pixels[i])
+        flipped.append(not torch.equal(pixels, original))
+        assert kept is labels and moved.dtype == torch.float32
+        for (x1, y1, x2, y2), (a1, b1, a2, b2) in zip(boxes.int().tolist(), moved.int().tolist(), strict=True):
+            part, own = pixels[b1:b2, a1:a2], original[y1:y2, x1:x2]
+            assert torch.equal(part.flip(1) if flipped[-1] else part, own)
+        assert torch.equal(view(i, 0)[0], pixels)
+    assert 5 < sum(flipped) < 25
+    assert flipped != [torch.equal(view(i, 1)[0], view(i, 0)[0]) for i in range(30)]  # another epoch's are others
+    assert flipped != [torch.equal(view(i, 0, seed=2)[0], view(i, 0)[0]) for i in range(30)]
+    assert all(torch.equal(a, boxes) for a, (boxes, _, _) in zip(before, images.objects, strict=True))
+
+
+# The net
+
+
+def resnet(depth=18, unit="basic", width=8):
+    """A narrow net whose BN does something, as after training."""
+    torch.manual_seed(0)
+    net = models.imagenet_resnet(depth, units.UNITS[unit], 10, width)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for values, low in ((layer.running_mean, -0.2), (layer.running_var, 0.5), (layer.weight, 0.5)):
+                nn.init.uniform_(values, low, low + 1)
+    return net.eval()
+
+
+def vgg():
+    """VGG-16 but for its width, which is a 32nd."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        net = VGG(nn.Sequential(), 10, init_weights=False)
+    net.features = make_layers([2, 2, "M", 4, 4, "M", *[8] * 3, "M", *[16] * 3, "M", *[16] * 3, "M"])
+    net.classifier[0], net.classifier[3], net.classifier[6] = (
+        nn.Linear(n, m) for n, m in ((784, 128), (128, 128), (128, 10))
+    )
+    return net.eval()
+
+
+def detector(net=None, classes=5, short=96, roi=7, **more):
+    net = net or resnet()
+    torch.manual_seed(1)
+    return detection.Detector(net, classes, short, roi, **more)
+
+
+def objects(*boxes):
+    return torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.arange(1, 1 + len(boxes))
+
+
+PICTURE = torch.rand(3, 100, 130, generator=torch.Generator().manual_seed(2))
+OBJECTS = objects((10, 20, 60, 70), (70, 5, 130, 60))
+
+
+@pytest.mark.parametrize("unit", ("basic", "basic-preact", "single", "bottleneck", "bottleneck-preact"))
+def test_a_net_cut_in_two_is_the_net(unit):
+    """Trunk, regions' layers and fc in a row are the classifier, with BN fixed: nothing is left out, doubled or pooled
+    otherwise; and conv1 to conv4_x have stride 16, conv5_x halves the regions once more."""
+    depth = {1: 10, 2: 18, 3: 50}[units.UNITS[unit].weights]
+    if depth == 10:
+        net = models.ResNet(resnet().stem, 8, (2, 2, 2, 2), units.Single, 10, {"option": "B"}).eval()
+    else:
+        net = resnet(depth, unit)
+    x = torch.rand(2, 3, 96, 128)
+    with torch.inference_mode():
+        expected = net(x)
+        fc = net.fc
+        cut = detector(net, roi=None).train()  # in which BN would use the batch's statistics
+        maps = cut.trunk(x)
+        torch.testing.assert_close(fc(cut.head(maps)), expected)
+        assert maps.shape == (2, cut.rpn.head.conv[0][0].in_channels, 6, 8)
+        pooled, seen = torch.rand(3, maps.shape[1], cut.roi, cut.roi), []
+        cut.head[0].register_forward_hook(lambda _, __, made: seen.append(made.shape[2:]))
+        cut.head(pooled)
+    assert cut.roi == 14 and seen == [(7, 7)]
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in cut.modules())
+
+
+def test_vgg_cut_in_two_is_vgg():
+    net, x = vgg(), torch.rand(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = net(x)
+        cut = detector(net, roi=None).eval()
+        maps = cut.trunk(x)
+        assert cut.roi == 7 and maps.shape[2:] == (14, 14)
+        last = net.classifier[-1]
+        torch.testing.assert_close(last(cut.head(net.features[-1](maps))), expected)
+
+
+def test_parameters():
+    """The papers' two detectors of VOC's 20 classes, BN's scales and offsets included; 91 layers of ResNet-101 are
+    shared."""
+
+    def count(net):
+        fixed = sum(b.numel() for name, b in net.named_buffers() if name.endswith(("weight", "bias")))
+        return fixed + sum(p.numel() for p in net.parameters())
+
+    with torch.device("meta"):
+        one = detection.Detector(models.imagenet_resnet(101, units.Bottleneck), 20)
+        two = detection.Detector(vgg16(weights=None, init_weights=False), 20)
+    assert count(one) == 52_199_638
+    assert count(one) - count(one.rpn) + 9 * 1024 * 512 + 512 + 513 * 45 == 47_457_494  # an RPN 512 wide, as VGG's
+    assert count(two) == 137_073_622
+    layers = [name for name, layer in one.trunk.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert len([name for name in layers if "shortcut" not in name]) == 91 and len(layers) == 94
+
+
+@pytest.mark.parametrize("make, fixed", ((resnet, ("trunk.0.", "trunk.1.")), (vgg, [f"trunk.{i}." for i in range(10)])))
+def test_what_is_fixed_stays_bit_for_bit(make, fixed):
+    """BN everywhere, conv1 and conv2_x; weight decay does not reach them either. Everything else trains."""
+    net = detector(make()).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    sgd = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01, 0.9, weight_decay=5e-4)
+    for t in range(3):
+        sgd.zero_grad()
+        detection.objective(net, PICTURE, *OBJECTS, t)[0].backward()
+        sgd.step()
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trained
+    assert trained == {name for name, p in net.named_parameters() if not name.startswith(tuple(fixed))}
+    buffers = {name for name, _ in net.named_buffers()}
+    frozen = [layer for layer in net.modules() if isinstance(layer, FrozenBatchNorm2d)]
+    assert len(buffers) == 4 * len(frozen) and (make is vgg or len(frozen) == 20)
+
+
+def test_fixed_layers_of_vgg():
+    net = detector(vgg())
+    convolutions = [layer for layer in net.trunk if isinstance(layer, nn.Conv2d)]
+    assert [layer.weight.requires_grad for layer in convolutions] == [False] * 4 + [True] * 9  # conv3_1 and up train
+
+
+def test_new_layers():
+    net = detector(resnet(width=64), 20)
+    for layer, std in (
+        (net.cls, 0.01),
+        (net.box, 0.001),
+        (net.rpn.head.conv[0][0], 0.01),
+        (net.rpn.head.bbox_pred, 0.01),
+    ):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05) and not layer.bias.any()
+
+
+def test_an_image_is_scaled_and_normalised_as_the_weights_ask():
+    mean, std, seen = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125), []
+    net = detector(mean=mean, std=std).eval()
+    net.trunk.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    colour = torch.tensor([0.6, 0.45, 0.425]).view(3, 1, 1)
+    for height, width, scaled in ((50, 60, (96, 115)), (60, 50, (115, 96)), (40, 400, (16, 160)), (192, 192, (96, 96))):
+        net.detect(colour.expand(3, height, width))
+        h, w = scaled
+        torch.testing.assert_close(seen[-1][0, :, :h, :w], torch.ones(3, h, w))
+        assert not seen[-1][0, :, h:].any() and not seen[-1][0, :, :, w:].any()
+        assert all(n % 32 == 0 for n in seen[-1].shape[2:])
+    with pytest.raises(TypeError):
+        net.detect(torch.zeros(3, 50, 60, dtype=torch.uint8))  # 0 ... 255
+
+
+def test_anchors():
+    """Those of the paper; all scale along with the shorter side, as the longer and the smallest proposal do."""
+    for short in (600, 150):
+        net = detector(short=short)
+        (cell,) = net.rpn.anchor_generator.cell_anchors
+        scale = short / 600
+        sides = (cell[:, 2:] - cell[:, :2]) / scale
+        assert len(cell) == 9 and torch.allclose(cell[:, :2], -cell[:, 2:])
+        found = {(round(math.sqrt(w * h) / 16) * 16, round(2 * h / w) / 2) for w, h in sides.tolist()}
+        assert found == {(side, ratio) for side in (128, 256, 512) for ratio in (0.5, 1, 2)}
+        assert (net.transform.min_size, net.transform.max_size, net.rpn.min_size) == (
+            (short,),
+            1000 * scale,
+            16 * scale,
+        )
+
+
+def iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def test_labels_of_anchors():
+    """By the paper's rule, which knows no anchor across the border of the image (not of the padded one)."""
+    net, size = detector(short=150), (150, 190)
+    maps = torch.zeros(1, 64, 10, 12)
+    images = type("Images", (), {"tensors": torch.zeros(1, 3, 160, 192), "image_sizes": [size]})
+    (anchors,) = net.rpn.anchor_generator(images, [maps])
+    boxes, _ = objects((20, 30, 60, 70), (3, 3, 20, 12), (90, 60, 185, 145))
+    (labels,), (matched,) = net.rpn.assign_targets_to_anchors([anchors], [{"boxes": boxes, "size": size}])
+    inside = [0 <= x1 and 0 <= y1 and x2 <= 190 and y2 <= 150 for x1, y1, x2, y2 in anchors.tolist()]
+    overlaps = [[iou(a, b) for b in boxes.tolist()] for a in anchors.tolist()]
+    largest = [max(o[j] for o, i in zip(overlaps, inside, strict=True) if i) for j in range(3)]
+    expected = []
+    for o, i in zip(overlaps, inside, strict=True):
+        nearest = any(abs(o[j] - largest[j]) < 1e-6 for j in range(3))
+        expected.append(-1 if not i else 1 if nearest or max(o) >= 0.7 else 0 if max(o) < 0.3 else -1)
+    assert labels.tolist() == expected and 3 <= expected.count(1) and 0 in expected
+    assert 0 < sum(190 < x2 <= 192 or 150 < y2 <= 160 for _, _, x2, y2 in anchors.tolist())  # in the padding
+    for label, box, o in zip(labels.tolist(), matched, overlaps, strict=True):
+        assert label != 1 or torch.equal(box, boxes[int(np.argmax(o))])
+
+
+HARD_CASES = {
+    "no object": (PICTURE, objects()),
+    "one pixel": (PICTURE, objects((5, 5, 6, 6))),
+    "the whole image": (PICTURE, objects((0, 0, 130, 100))),
+    "no anchor inside": (torch.rand(3, 12, 300), objects((5, 5, 100, 10))),
+    "many": (PICTURE, (torch.tensor([[i, i, i + 20.0, i + 30] for i in range(60)]), torch.ones(60, dtype=torch.int64))),
+}
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_the_loss_is_finite(case, dtype):
+    image, (boxes, labels) = HARD_CASES[case]
+    net = detector().to(dtype).train()
+    loss, error = detection.objective(net, image.to(dtype), boxes.to(dtype), labels, 3)
+    loss.backward()
+    assert loss.isfinite() and 0 <= error <= 1
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+    if case == "no object":  # no box is learnt from, and every region is background
+        assert not net.box.weight.grad.any() and not net.rpn.head.bbox_pred.weight.grad.any()
+        assert net.cls.bias.grad[0] < 0
+
+
+def test_the_loss_is_the_papers(monkeypatch):
+    """Each of its four terms, by hand, out of what was sampled; ground truth is among the regions; of a region's
+    boxes its class's alone counts."""
+    net = detector().double().train()
+    image, boxes = PICTURE.double(), OBJECTS[0].double()
+    seen = {}
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def wrapped(*words):
+            seen[name] = words, original(*words)
+            return seen[name][1]
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    spy(net.rpn, "compute_loss")
+    spy(net.rpn, "fg_bg_sampler")
+    spy(net.sampler, "select_training_samples")
+    spy(net, "classify")
+    nn.init.normal_(net.box.weight, std=0.5)
+    nn.init.normal_(net.rpn.head.bbox_pred.weight, std=0.5)
+    loss, error = detection.objective(net, image, boxes, OBJECTS[1], 3)
+    size = net.transform([image])[0].image_sizes[0]
+
+    def smooth_l1(x, beta):
+        x = x.abs()
+        return torch.where(x < beta, x**2 / (2 * beta), x - beta / 2).sum()
+
+    objectness, deltas, (labels,), (codes,) = seen["compute_loss"][0]
+    positive, negative = (mask[0].bool() for mask in seen["fg_bg_sampler"][1])
+    assert 2 <= positive.sum() <= 128 and positive.sum() + negative.sum() <= 256
+    assert (labels[positive] == 1).all() and (labels[negative] == 0).all()
+    log = nn.functional.logsigmoid
+    chosen = positive | negative
+    expected = -(log(objectness[:, 0][positive]).sum() + log(-objectness[:, 0][negative]).sum()) / chosen.sum()
+    expected = expected + smooth_l1((deltas - codes)[positive], 1 / 9) / chosen.sum()
+
+    (regions,), _, (labels,), _ = seen["select_training_samples"][1]
+    scores, coded = seen["classify"][1]
+    boxes = boxes * torch.tensor([size[1] / 130, size[0] / 100] * 2)
+    assert all((regions == box).all(dim=1).any() for box in boxes)
+    assert len(labels) <= 64 and 2 <= (labels > 0).sum() <= 16
+    for i, label in enumerate(labels.tolist()):
+        expected = expected - scores[i].log_softmax(dim=0)[label] / len(labels)
+        if label:  # shifts and logarithms of ratios, times 10 and 5
+            (x1, y1, x2, y2), (a1, b1, a2, b2) = regions[i], boxes[label - 1]
+            x, w = 10 * ((a1 + a2) - (x1 + x2)) / 2 / (x2 - x1), 5 * ((a2 - a1) / (x2 - x1)).log()
+            y, h = 10 * ((b1 + b2) - (y1 + y2)) / 2 / (y2 - y1), 5 * ((b2 - b1) / (y2 - y1)).log()
+            expected = expected + smooth_l1(coded[i, label] - torch.stack([x, y, w, h]), 1) / len(labels)
+    torch.testing.assert_close(loss, expected)
+    assert error == (scores.argmax(dim=1) != labels).double().mean()
+
+
+def test_how_many_are_sampled():
+    """256 anchors, half of them objects, and 64 regions, a quarter; the rest is filled up with background."""
+    net = detector()
+    for sampler, objects_, expected in (
+        (net.rpn.fg_bg_sampler, 500, (128, 128)),
+        (net.rpn.fg_bg_sampler, 20, (20, 236)),
+        (net.sampler.fg_bg_sampler, 500, (16, 48)),
+        (net.sampler.fg_bg_sampler, 5, (5, 59)),
+    ):
+        labels = torch.tensor([1] * objects_ + [0] * 500 + [-1] * 500)
+        assert tuple(int(mask[0].sum()) for mask in sampler([labels])) == expected
+
+
+def test_what_a_step_draws_is_the_seeds():
+    """Whatever was drawn before, in whatever order the images come, and for VGG-16's dropout too."""
+    net = detector(vgg(), regions=8).train()
+    other = torch.rand(3, 90, 90)
+
+    def losses(*seeds, image=PICTURE):
+        return [float(detection.objective(net, image, *OBJECTS, seed)[0].detach()) for seed in seeds]
+
+    before = losses(5, 6)
+    torch.rand(7)
+    losses(9, image=other)
+    assert losses(6, 5) == before[::-1] and before[0] != before[1]
+
+
+# Detections
+
+
+def fixed_regions(net, regions, scores, monkeypatch):
+    """The detector as if the RPN proposed these regions (N, 4) of the scaled image, and they had these probabilities
+    (N, classes + 1) and kept their boxes."""
+    regions, scores = torch.tensor(regions).view(-1, 4), torch.tensor(scores).view(-1, 6)
+    monkeypatch.setattr(net.rpn, "forward", lambda *_: ([regions], {}))
+    monkeypatch.setattr(net, "classify", lambda *_: (scores.log(), torch.zeros(len(regions), 6, 4)))
+    return net.eval()
+
+
+def test_detections_are_in_the_images_own_pixels(monkeypatch):
+    """A region as large as the padded map comes back as the whole image."""
+    for height, width in ((50, 77), (300, 200), (96, 96)):
+        net = fixed_regions(detector(), [[0.0, 0, 500, 500]], [[0, 1.0, 0, 0, 0, 0]], monkeypatch)
+        found = net.detect(torch.rand(3, height, width))
+        torch.testing.assert_close(found["boxes"], torch.tensor([[0.0, 0, width, height]]))
+        assert found["labels"].tolist() == [1] and found["scores"].tolist() == [1]
+
+
+def test_detections_are_of_each_class_by_itself(monkeypatch):
+    """Above 0.05, not the background; of a class's boxes that overlap by more than 0.3 the likeliest; at most 100."""
+    regions = [[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90]]
+    scores = [[0.1, 0.5, 0.4, 0, 0, 0], [0.09, 0.61, 0.3, 0, 0, 0], [0.87, 0.04, 0.03, 0, 0, 0.06]]
+    net = fixed_regions(detector(), regions, scores, monkeypatch)
+    found = net.detect(torch.rand(3, 96, 96))
+    assert found["labels"].tolist() == [1, 2, 5]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.61, 0.4, 0.06]))
+    torch.testing.assert_close(found["boxes"], torch.tensor(regions)[[1, 0, 2]])
+    many = [[float(x), y, x + 4, y + 4] for x in range(0, 90, 5) for y in range(0, 90, 5)]
+    net = fixed_regions(detector(), many, [[0.5, 0.5, 0, 0, 0, 0]] * len(many), monkeypatch)
+    assert len(many) > 100 == len(net.detect(torch.rand(3, 96, 96))["boxes"])
+    found = fixed_regions(detector(), [], [], monkeypatch).detect(torch.rand(3, 96, 96))
+    assert found["boxes"].shape == (0, 4) and len(found["scores"]) == len(found["labels"]) == 0
+
+
+@pytest.mark.parametrize("make", (resnet, vgg))
+def test_detecting_draws_nothing_and_remembers_nothing(make):
+    """Twice the same: no dropout, no sampling, no scale of an image before; at most 300 proposals; and nothing found is
+    no error."""
+    net = detector(make()).eval()
+    net.cls.weight.data.mul_(100)
+    before = net.detect(PICTURE)
+    net.detect(torch.rand(3, 300, 100))
+    after = net.detect(PICTURE)
+    assert len(before["boxes"]) > 0 and all(torch.equal(before[key], after[key]) for key in before)
+    assert (before["scores"].diff() <= 0).all() and before["labels"].min() >= 1
+    width, height = (before["boxes"][:, 2:] - before["boxes"][:, :2]).T
+    assert (width >= 0).all() and (height >= 0).all() and (before["boxes"] >= 0).all()
+    assert (before["boxes"] <= torch.tensor([130.0, 100, 130, 100])).all()
+    maps, proposals, *_ = net.propose(torch.rand(3, 200, 300))
+    assert len(proposals) <= 300
+    net.rpn.min_size = 1e4
+    assert len(net.detect(PICTURE)["boxes"]) == 0
+
+
+# Average precision
+
+
+def devkit(found, truth, label, eleven_points, least):
+    """The rules of the VOC devkit, scalar by scalar: boxes hold both their ends (+ 1), all detections of a class in one
+    order, each looks at the object that it overlaps most, an object is found once, difficult ones do not count."""
+    truth = [[values.tolist() for values in objects] for objects in truth]
+    positives = sum(c == label and not d for _, labels, hard in truth for c, d in zip(labels, hard, strict=True))
+    rows = []
+    for image, detections in enumerate(found):
+        columns = (detections[key].tolist() for key in ("boxes", "scores", "labels"))
+        rows += [(score, image, box) for box, score, c in zip(*columns, strict=True) if c == label]
+    seen, right, wrong, points = set(), 0, 0, []
+    for _, image, (x1, y1, x2, y2) in sorted(rows, key=lambda row: -row[0]):
+        most, which = -1.0, None
+        for i, ((a1, b1, a2, b2), c) in enumerate(zip(*truth[image][:2], strict=True)):
+            w, h = min(x2 - 1, a2 - 1) - max(x1, a1) + 1, min(y2 - 1, b2 - 1) - max(y1, b1) + 1
+            if c == label and w > 0 and h > 0:
+                union = (x2 - 1 - x1 + 1) * (y2 - 1 - y1 + 1) + (a2 - 1 - a1 + 1) * (b2 - 1 - b1 + 1) - w * h
+                if w * h / union > most:
+                    most, which = w * h / union, i
+        if which is not None and most > least:
+            if truth[image][2][which]:
+                continue
+            right, wrong = (right, wrong + 1) if (image, which) in seen else (right + 1, wrong)
+            seen.add((image, which))
+        else:
+            wrong += 1
+        points.append((right / positives, right / (right + wrong)))
+    if eleven_points:
+        return sum(max([p for r, p in points if r >= 0.1 * t], default=0) for t in range(11)) / 11
+    area, before = 0, 0
+    for i, (recall, _) in enumerate(points):
+        area += (recall - before) * max(p for _, p in points[i:])
+        before = recall
+    return area
+
+
+@pytest.mark.parametrize("least", (0.5, 0.75))
+@pytest.mark.parametrize("hard", (0, 0.25))
+def test_average_precision_is_the_devkits(least, hard):
+    """On random sets, of small whole boxes (down to one pixel) and of others, with ties of scores."""
+    rng = np.random.default_rng(3)
+    worst, values = 0, []
+    for trial in range(4):
+        found, truth = [], []
+        for _ in range(25):
+            n = rng.integers(0, 6)
+            corner, size = rng.integers(0, 60, (n, 2)), rng.integers(1, 9 if trial % 2 else 80, (n, 2))
+            boxes, labels = np.hstack([corner, corner + size]).astype(float), rng.integers(1, 4, n)
+            truth.append([torch.from_numpy(t) for t in (boxes, labels, rng.random(n) < hard)])
+            again = rng.integers(0, n, rng.integers(0, 8)) if n else np.zeros(0, int)
+            near = boxes[again] + (
+                rng.integers(-1, 2, (len(again), 4)) if trial % 2 else rng.normal(0, 4, (len(again), 4))
+            )
+            near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+            scores = rng.random(len(again)).round(2)
+            made = {"boxes": near, "scores": scores, "labels": labels[again]}
+            found.append({key: torch.from_numpy(value) for key, value in made.items()})
+        for label in (1, 2, 3):
+            for eleven_points in (True, False):
+                ours = detection.average_precision(found, truth, label, eleven_points, least)
+                worst = max(worst, abs(ours - devkit(found, truth, label, eleven_points, least)))
+                values.append(ours)
+    assert worst <= 1e-12 and min(values) > 0 and len(set(values)) > len(values) / 2
+
+
+def one_image(boxes, difficult, *found):
+    """What `average_precision` reads, of one image and class: found are (box, score)."""
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    truth = [(boxes, torch.ones(len(boxes), dtype=torch.int64), torch.tensor(difficult))]
+    detections = {"boxes": torch.tensor([b for b, _ in found], dtype=torch.float32).view(-1, 4)}
+    detections |= {"scores": torch.tensor([s for _, s in found]), "labels": torch.ones(len(found), dtype=torch.int64)}
+    return [detections], truth
+
+
+A, B, ELSEWHERE = [0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]
+
+
+@pytest.mark.parametrize("eleven_points", (True, False))
+def test_what_counts_as_right(eleven_points):
+    def ap(*words):
+        return detection.average_precision(*one_image(*words), 1, eleven_points)
+
+    assert ap([A, B], [False, False], (A, 0.9), (B, 0.8)) == 1
+    half = 6 / 11 if eleven_points else 1 / 2
+    assert ap([A, B], [False, False], (A, 0.9)) == pytest.approx(half)
+    # a difficult object: found, missed and found twice change nothing
+    for found in ([(B, 0.95)], [], [(B, 0.95), (B, 0.94)]):
+        assert ap([A, B], [False, True], (A, 0.9), *found) == 1
+    # the second detection of an object is wrong, and so is one elsewhere, or that overlaps by a half and no more
+    for wrong in (A, ELSEWHERE, [0, 0, 10, 5]):
+        second = 5 / 11 * 2 / 3 if eleven_points else 1 / 2 * 2 / 3
+        assert ap([A, B], [False, False], (A, 0.9), (wrong, 0.8), (B, 0.7)) == pytest.approx(half + second)
+    assert ap([A], [False]) == 0 and math.isnan(ap([A], [True], (A, 0.9)))
+
+
+def test_the_two_conventions_differ():
+    """11-point and area are two numbers of the same detections, and other classes' detections change neither."""
+    found, truth = one_image([A, B], [False, False], (A, 0.9), (ELSEWHERE, 0.8), (B, 0.7))
+    ap = [detection.average_precision(found, truth, 1, eleven) for eleven in (True, False)]
+    assert ap == pytest.approx([(6 + 5 * 2 / 3) / 11, 1 / 2 + 1 / 3])
+    found[0]["labels"][1] = 2
+    assert detection.average_precision(found, truth, 1, False) == 1
+    assert math.isnan(detection.average_precision(found, truth, 2, False))  # a class without objects has no AP
+
+
+# Pictures
+
+
+def test_drawing():
+    image = Image.new("RGB", (160, 120))
+    found, _ = one_image([A], [False], ([10, 20, 90, 100], 0.91), ([120, 5, 150, 90], 0.49))
+    drawn = detection.draw(image, found[0], ["dog", "cat"])
+    assert not np.array(image).any() and drawn.size == image.size
+    pixels = np.array(drawn).any(axis=2)
+    assert pixels[20:101, 10].all() and pixels[100, 10:91].all() and pixels[20:101, 90].all()
+    assert not pixels[:, 100:].any()  # not likely enough
+    assert detection.draw(image.convert("L"), found[0], ["dog", "cat"], least=0.4).getpixel((120, 60)) != (0, 0, 0)

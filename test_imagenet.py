@@ -77,11 +77,11 @@ def test_nets_equal_torchvisions(depth):
 def test_the_net_of_a_depth(flags):
     for depth, name in ((18, "basic"), (34, "basic"), (50, "bottleneck"), (101, "bottleneck"), (200, "bottleneck")):
         args = flags("--depth", depth)
-        assert args.unit == name and args.unit_args == {"option": "B"}
+        assert args.unit == name and args.unit_args["option"] == "B"
         assert flags("--depth", depth, "--preact").unit == name + "-preact"
     assert flags("--depth", 34, "--unit-arg", "option=A").unit_args == {"option": "A"}
     args = flags("--depth", 101, "--unit", "bottleneck-exclusive-gating", "--unit-arg", "gate_bias=-7")
-    assert args.unit_args == {"option": "B", "gate_bias": -7.0, "gate_bn": False}
+    assert args.unit_args == {"option": "B", "stride_on_3x3": False, "gate_bias": -7.0, "gate_bn": False}
     assert flags("--depth", 18, "--unit", "basic-plain").unit_args == {}
 
 
@@ -288,13 +288,12 @@ def test_one_process_and_four_agree(tmp_path, world_of_one):
     twenty_steps(tmp_path / "1-0")
     one = torch.load(tmp_path / "1-0")
     assert any("running_var" in name for name in one["net"]) and one["net"]["fc.weight"].dtype == torch.float64
-    for world in (4,):
-        assert start_workers(world, __file__, tmp_path) == [0] * world
-        others = [torch.load(tmp_path / f"{world}-{rank}") for rank in range(world)]
-        for name, value in one["net"].items():
-            torch.testing.assert_close(others[0]["net"][name], value, rtol=0, atol=1e-9)
-            assert all(torch.equal(other["net"][name], others[0]["net"][name]) for other in others), name
-        assert len(one["errors"]) == 4 and all(other["errors"] == one["errors"] for other in others)
+    assert start_workers(4, __file__, tmp_path) == [0] * 4
+    others = [torch.load(tmp_path / f"4-{rank}") for rank in range(4)]
+    for name, value in one["net"].items():
+        torch.testing.assert_close(others[0]["net"][name], value, rtol=0, atol=1e-9)
+        assert all(torch.equal(other["net"][name], others[0]["net"][name]) for other in others), name
+    assert len(one["errors"]) > 1 and all(other["errors"] == one["errors"] for other in others)
 
 
 def content(run):
@@ -318,10 +317,11 @@ def test_a_run_and_its_folder(start, monkeypatch):
     assert status == 0, printed
     rows = list(csv.DictReader(open("run/log.csv")))
     header = ["iteration", "epoch", "lr", "train_loss", "train_error", "val_top1", "val_top5", "waited", "seconds"]
-    assert list(rows[0]) == header and [row["iteration"] for row in rows] == ["2", "5"]
-    assert [row["lr"] for row in rows] == ["0.1", "0.001"]
+    assert list(rows[0]) == header and [row["iteration"] for row in rows] == [*"12345"]
+    assert [row["lr"] for row in rows] == ["0.1", "0.1", "0.01", "0.001", "0.001"]
+    assert [bool(row["val_top1"]) for row in rows] == [True, False, True, False, True]
     result, config = (json.loads(pathlib.Path(f"run/{name}.json").read_text()) for name in ("result", "config"))
-    assert (result["val_top1"], result["val_top5"]) == (float(rows[1]["val_top1"]), float(rows[1]["val_top5"]))
+    assert (result["val_top1"], result["val_top5"]) == (float(rows[-1]["val_top1"]), float(rows[-1]["val_top5"]))
     assert result["parameters"] == 11_689_512 - 990 * 513 and result["iterations"] == 5 and result["depth"] == 18
     assert result["unit_args"] == {"option": "B"} and result["dataset"] == "synthetic" and not result["diverged"]
     assert (config["images"], len(config["about"]["classes"]), config["micro_batch"]) == (20, 10, 4)
@@ -409,7 +409,7 @@ def test_a_run_continues_on_another_number_of_processes(start, monkeypatch, tmp_
         assert start(*words)[0] == 143 and checkpoint.load("run")["iteration"] == 1
     assert start_workers(2, "imagenet_train.py", *words) == [0, 0]
     assert checkpoint.load("run")["iteration"] == 5
-    assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == ["2", "5"]
+    assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == [*"12345"]
 
 
 def test_two_processes_end_together_at_a_corrupt_image(folders, tmp_path):

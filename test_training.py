@@ -121,7 +121,7 @@ def train_in_float64(args, net, images, labels, monkeypatch):
 @pytest.mark.parametrize("recipe", cifar_train.RECIPES)
 def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one, monkeypatch, tmp_path):
     """Three losses, and on through the warm-up's end and both drops to the same weights."""
-    words = "--batch-size 8 --micro-batch 4 --seed 3 --iterations 10".split()
+    words = "--dataset synthetic --batch-size 8 --micro-batch 4 --seed 3 --iterations 10".split()
     args = flags("--recipe", recipe, *words, *(["--warmup", 2] if recipe == "paper" else []), "--out", tmp_path)
     rates = [0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001]  # drops at 1/2 and 3/4 of 10
     if recipe != "paper":
@@ -225,7 +225,7 @@ def test_validation_split_is_the_last_training_images(flags):
 def twenty_steps(path, monkeypatch):
     """Train for 20 steps of 4 micro-batches in float64 as one of dist.get_world_size() processes."""
     images, labels = pictures(51)  # an odd number: two processes evaluate 26 and 25
-    words = "--batch-size 16 --micro-batch 4 --iterations 20 --depth 8 --warmup 2 --out".split()
+    words = "--dataset synthetic --batch-size 16 --micro-batch 4 --iterations 20 --depth 8 --warmup 2 --out".split()
     monkeypatch.setattr(
         sys, "argv", ["cifar_train.py", *words, str(path.with_name(f"{dist.get_world_size()} processes"))]
     )
@@ -252,45 +252,51 @@ def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
 
 
 def test_a_run_and_its_folder(start, tmp_path):
-    status, printed = start(*TINY, "--preact", "--out", "a/run", "--iterations", 260)
+    status, printed = start(*TINY, "--preact", "--out", "a/run", "--iterations", 64)
     assert status == 0
     run = tmp_path / "a" / "run"
     result, config = (json.loads((run / name).read_text()) for name in ("result.json", "config.json"))
     rows = list(csv.DictReader(open(run / "log.csv")))
     columns = ["iteration", "epoch", "lr", "train_loss", "train_error", "test_error", "waited", "seconds"]
     assert list(rows[0]) == columns
-    assert [row["iteration"] for row in rows] == ["250", "260"] and [row["lr"] for row in rows] == ["0.001", "0.001"]
-    assert rows[0]["epoch"] == "50.0"
+    assert [int(row["iteration"]) for row in rows] == [*range(2, 65, 2)] and rows[4]["epoch"] == "2.0"
+    assert [row["lr"] for row in rows] == ["0.01"] * 2 + ["0.1"] * 14 + ["0.01"] * 8 + ["0.001"] * 8
     assert float(rows[-1]["test_error"]) == result["test_error"]  # the last iterate's, whatever came before
     assert (
         result["parameters"] == 75_290 and result["unit"] == "basic-preact" and result["unit_args"] == {"option": "A"}
     )
-    assert result["dataset"] == "synthetic" and result["depth"] == 8 and result["iterations"] == 260
+    assert result["dataset"] == "synthetic" and result["depth"] == 8 and result["iterations"] == 64
     assert result["precision"] == "float32" and result["seed"] == 1 and result["diverged"] is False
     assert result["seconds"] > 0 and result["peak_memory"] > 1e8 and result["train_loss"] > 0
-    assert config["warmup"] == 16 and config["micro_batch"] == 4 and config["about"]["size"] == 32
+    assert config["warmup"] == 4 and config["micro_batch"] == 4 and config["about"]["size"] == 32
     environment = {"commit", "modified", "torch", "device", "tf32", "threads", "processes", "command"}
     assert environment <= config["environment"].keys() and config["environment"]["processes"] == 1
     last = (
         f"finished: test error {result['test_error']:.2f} %; its files are in a/run (its curve: python report.py a/run)"
     )
     assert printed.splitlines()[-1] == last
-    assert printed.count("iteration 2") == 2
+    assert printed.startswith(
+        "ResNet-8 (basic-preact, 75,290 parameters); synthetic: 40 training images of 10 classes; "
+    )
+    assert "in a/run\nwarning: an epoch is 5 iterations" in printed and printed.count("warning: BN's statistics") == 1
+    assert printed.count(" of 64, training loss ") == 32
 
     before = {path: path.read_bytes() for path in run.iterdir()}
-    status, printed = start(*TINY, "--unit", "basic-preact", "--out", "a/run", "--iterations", 260, "--warmup", 16)
+    status, printed = start(*TINY, "--unit", "basic-preact", "--out", "a/run", "--iterations", 64, "--warmup", 4)
     assert status == 0 and "already finished" in printed  # the same run, said in other words
     assert before == {path: path.read_bytes() for path in run.iterdir()}
 
     status, printed = start("--evaluate", "a/run")
-    assert status == 0 and f"test error {result['test_error']:.2f} % after 260 of 260" in printed
+    assert status == 0 and f"test error {result['test_error']:.2f} % after 64 of 64" in printed
 
-    status, printed = start(*TINY, "--out", "a/run", "--lr", 0.2, "--seed", 2, "--iterations", 260)
+    status, printed = start(*TINY, "--out", "a/run", "--lr", 0.2, "--seed", 2, "--iterations", 65)
     assert status == 2 and "holds a different run" in printed
     for difference in (
         "--lr is 0.1 there and 0.2 here",
         "--seed is 1 there and 2 here",
         "--unit is basic-preact there",
+        "--iterations is 64 there and 65 here",
+        "a run cannot be made longer",
     ):
         assert difference in printed
     assert "--data " not in printed and before == {path: path.read_bytes() for path in run.iterdir()}
@@ -304,18 +310,23 @@ def test_a_run_and_its_folder(start, tmp_path):
 
 
 def test_validation_run(start, tmp_path):
-    assert start(*TINY, "--val-split", 10, "--iterations", 260, "--out", "run")[0] == 0
+    assert start(*TINY, "--val-split", 10, "--iterations", 8, "--out", "run")[0] == 0
     rows = list(csv.DictReader(open("run/log.csv")))
-    assert [bool(row["val_error"]) for row in rows] == [True, True]
-    assert [bool(row["test_error"]) for row in rows] == [False, True]  # the test set is looked at once
+    assert [bool(row["val_error"]) for row in rows] == [False, False, False, True, False, False, False, True] or rows
+    assert [bool(row["test_error"]) for row in rows] == [False] * 7 + [True]  # the test set is looked at once
     result = json.loads(pathlib.Path("run/result.json").read_text())
-    assert result["test_error"] == float(rows[1]["test_error"]) and result["val_error"] == float(rows[1]["val_error"])
+    assert result["test_error"] == float(rows[-1]["test_error"]) and result["val_error"] == float(rows[-1]["val_error"])
 
 
-def test_evaluation_points(start):
-    """Every 2,000 of 64,000 iterations, scaled, but never more often than every 250, and at the end."""
-    assert start(*TINY, "--images", 2, "--batch-size", 2, "--iterations", 510, "--out", "run")[0] == 0
-    assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == ["250", "500", "510"]
+def test_rows_and_evaluations():
+    """Some 32 rows; the full schedule is evaluated at each, a short one as often as a tenth of its work allows."""
+    rows, evaluations = training.rows_at(64_000, 64_000 * 128, 10_000)
+    assert rows == evaluations == {*range(2000, 64_001, 2000)}
+    assert training.rows_at(300, 300 * 128, 10_000) == ({*range(10, 301, 10)}, {300})
+    for iterations, trained, evaluated in ((1, 8, 40), (45, 360, 40), (450_000, 450_000 * 256, 50_000), (33, 33, 33)):
+        rows, evaluations = training.rows_at(iterations, trained, evaluated)
+        assert evaluations <= rows and iterations in evaluations and len(rows) in (1, 17, 23, 32)
+        assert len(evaluations) == 1 or len(evaluations) * evaluated / 3 <= 0.1 * trained
 
 
 def test_diverged_run_is_a_result(start):
@@ -389,7 +400,7 @@ def test_two_processes_write_one_run(launched, tmp_path):
     assert set(statuses) == {0}
     config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
     assert config["environment"]["processes"] == 2 and result["diverged"] is False
-    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1 + 6
 
 
 BAD = [

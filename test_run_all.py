@@ -122,7 +122,7 @@ def test_every_cifar_row_is_a_command_that_parses(parse):
 
 def test_every_imagenet_row_is_a_command_that_parses(parse):
     for line in listed("imagenet", SEEDS="1"):
-        name, _, *command = line.split()
+        name, paper, *command = line.split()
         assert command[:2] == ["python", "imagenet_train.py"]
         args = parse(imagenet_train, command[1:])
         assert args.out == f"results/{name}"
@@ -130,6 +130,8 @@ def test_every_imagenet_row_is_a_command_that_parses(parse):
             nets = "34-B/seed1 34-C/seed1 50/seed1 101/seed1 152/seed1 152/seed2".split()
             assert args.evaluate == [f"results/imagenet/{net}" for net in nets] and args.test == ["multi-scale"]
             continue
+        errors = [imagenet_train.papers_errors(args, protocol) for protocol in (*args.test, "1-crop")]
+        assert paper == "-" or any(paper.replace(",", ", ") in error for error in errors), name
         assert str(args.depth) == re.search(r"/(\d+)", name)[1]
         assert args.preact == ("-preact" in name)
         assert (args.augment == "scale-aspect") == ("scale-aspect" in name)

@@ -183,22 +183,12 @@ def write_page(depth):
     return text
 
 
-def read_run(folder):
-    """(flags, state) of a run."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not the folder of a run: there is no config.json")
-    config, state = checkpoint.read_json(folder / "config.json"), checkpoint.load(folder)
-    if state is None:
-        raise ValueError(f"{folder} holds no checkpoint")
-    return argparse.Namespace(**config), state
-
-
 def measure_responses(folder):
     """[1] Fig. 7 of a run of cifar_train.py: the standard deviation of each 3x3 layer's output, after BN and before
     ReLU and addition, over 1,000 test images with BN in evaluation mode (the paper does not say which images or mode).
     Writes responses.csv (layer, std) and returns its path. Raises ValueError, or OSError from the folder's files."""
-    flags, state = read_run(folder)
-    if "mean" not in state:
+    flags, state = checkpoint.read_run(folder)
+    if "recipe" not in flags:
         raise ValueError(f"{folder} is not a run of cifar_train.py, and [1] Fig. 7 is about its nets")
     net = cifar_resnet(flags.depth, units.UNITS[flags.unit], len(state["model"]["fc.bias"]), **flags.unit_args)
     net.load_state_dict(state["model"])
@@ -216,9 +206,10 @@ def measure_responses(folder):
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
             layer.register_forward_hook(hook)
+    about = state.get("about", state)  # older runs have mean and std beside the weights
     images = data.load_cifar(flags.dataset, flags.data, 1_000)[2]
     with torch.inference_mode():
-        net.eval()((images - state["mean"]) / state["std"])
+        net.eval()((images - about["mean"]) / about["std"])
     if None in stds:
         raise ValueError(f"[1] Fig. 7 needs BN right after every 3x3 layer; {flags.unit} has it elsewhere")
     lines = ["layer,std", *(f"{i},{std}" for i, std in enumerate(stds, 1)), ""]

@@ -34,7 +34,18 @@ FIGURES = {
     "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "left", "right": "right"}),
 }
 
-SHORT = ("short",)  # the tags of the tables of the short schedule
+# The tables of the short schedule, and the pairs of rows whose difference the page states
+SHORT = {
+    "short": {},
+    "short-depth": {
+        "plain nets, from 20 to 56 layers": ("plain-20", "plain-56"),
+        "residual nets, from 20 to 56 layers": ("ResNet-20", "ResNet-56"),
+    },
+    "short-1001": {
+        "164 layers, from original to full pre-activation": ("ResNet-164, original", "ResNet-164, full pre-activation"),
+        "1,001 layers, the same": ("ResNet-1001, original", "ResNet-1001, full pre-activation"),
+    },
+}
 
 
 # Reading
@@ -179,13 +190,27 @@ def short_rows(rows, tag="short"):
     return [(cell["row"], cell["paper"], rows.get(cell["run"], [])) for cell in cells(tag)]
 
 
-def short_table(rows, tag="short", first="unit", paper="the papers' ResNet-110"):
+def short_table(rows, tag="short"):
     """A table of the short schedule: the papers' test errors, and our test errors and median training losses."""
     lines = []
-    for label, number, runs in short_rows(rows, tag):
+    for label, paper, runs in short_rows(rows, tag):
         losses = [loss for loss in values_of(runs, "training loss") if loss < math.inf]
-        lines.append((label, number, ours(runs), f"{statistics.median(losses):.2f}" if losses else ""))
-    return markdown(f"| {first} | {paper} | test error, % | training loss |", lines)
+        lines.append((label, paper, ours(runs), f"{statistics.median(losses):.2f}" if losses else ""))
+    first, column = "unit" if tag == "short" else "net", cells(tag)[0]["column"]
+    return markdown(f"| {first} | {column} | test error, % | training loss |", lines)
+
+
+def short_differences(rows, tag):
+    """How our medians differ between the pairs of rows in SHORT, beside the paper's difference, as a Markdown list."""
+    nets, lines = {label: (paper, runs) for label, paper, runs in short_rows(rows, tag)}, []
+    for name, labels in SHORT[tag].items():
+        papers, runs = zip(*(nets[label] for label in labels), strict=True)
+        if all(runs):
+            medians = [[statistics.median(values_of(r, m)) for r in runs] for m in ("test error %", "training loss")]
+            error, loss = (after - before for before, after in medians)
+            paper = float(papers[1]) - float(papers[0])
+            lines.append(f"- {name}: test error {error:+.2f} % (the paper: {paper:+.2f} %), training loss {loss:+.2f}")
+    return ["", *lines] if lines else []
 
 
 def compare_orders(rows):
@@ -373,6 +398,48 @@ def draw_short(rows):
     save(figure, RESULTS / "short", "svg", "png")
 
 
+def draw_short_depth(rows):
+    """Plain and residual nets by depth: the paper's test errors, then ours and our training losses with medians."""
+    figure, grid = plt.subplots(1, 3, figsize=(12, 3.8))
+    for i, kind in enumerate(("plain", "ResNet")):
+        nets = [(int(label.split("-")[1]), *net) for label, *net in short_rows(rows, "short-depth") if kind in label]
+        plot(grid[0], [(depth, float(paper)) for depth, paper, _ in nets], color=f"C{i}", marker="o", label=kind)
+        for axes, metric in zip(grid[1:], ("test error %", "training loss"), strict=True):
+            curve = [(depth, [v for v in values_of(runs, metric) if v < math.inf]) for depth, _, runs in nets]
+            plot(
+                axes,
+                [(d, v) for d, values in curve for v in values],
+                color=f"C{i}",
+                marker="o",
+                linestyle="",
+                alpha=0.4,
+            )
+            plot(axes, [(d, statistics.median(values)) for d, values in curve if values], color=f"C{i}", marker="_")
+    titles = ("[1]: 64,000 iterations, of 128 images", *["here: 1,600 iterations, of 32 images"] * 2)
+    for axes, title, label in zip(grid, titles, ("test error, %", "test error, %", "training loss"), strict=True):
+        axes.set(xlabel="layers", ylabel=label, xticks=(20, 32, 44, 56), xlim=(17, 59))
+        axes.set_title(title, fontsize=10)
+    grid[0].legend(fontsize=8, loc="upper left")
+    save(figure, RESULTS / "short-depth", "svg", "png")
+
+
+def draw_short_1001(curves, rows):
+    """ResNet-164 and -1001, original and pre-activation: the beginning of the paper's training loss, and our curves."""
+    figure, grid = plt.subplots(1, 3, figsize=(12, 3.8))
+    for (network, row), theirs in (curves["2-fig1"] | curves["2-fig6right"]).items():
+        style = {"color": "C1" if "pre-activation" in network else "C0", "linewidth": 1.8 if "1001" in network else 0.9}
+        plot(grid[0], [(x, y) for x, y in theirs["train_loss"] if x <= 10_000], label=network, **style)
+        for run in rows[row.replace("cifar10", "short")]:
+            plot(grid[1], points(run, "train_loss"), **style, marker=".")
+            plot(grid[2], points(run, "test_error"), **style, marker=".")
+    titles = ("[2]: the first 10,000 iterations, of 128 images", *["here: 1,600 iterations, of 32 images"] * 2)
+    for axes, title, label in zip(grid, titles, ("training loss", "training loss", "test error, %"), strict=True):
+        axes.set(xlabel="iterations", ylabel=label)
+        axes.set_title(title, fontsize=10)
+    grid[0].legend(fontsize=8)
+    save(figure, RESULTS / "short-1001", "svg", "png")
+
+
 def draw_run(folder):
     """curve.png in a run's folder, finished or not: the errors in %, top-5 error apart, and the training loss."""
     run = {"log": read_log(folder)}
@@ -408,7 +475,7 @@ def with_headline(text, rows):
             label = cell["run"] + ("" if cell["metric"] == "test error %" else f", {cell['metric']}")
             nets.setdefault(cell["run"], (label, cell["paper"], ours_beside(cell, rows)))
     if nets:
-        lines += markdown("| the papers' nets, full schedule | paper | ours |", nets.values())
+        lines = [*markdown("| the papers' nets, full schedule | paper | ours |", nets.values()), "", *lines[:-1]]
     else:
         lines.append("None of the papers' nets has been run on its full schedule of 64,000 iterations yet.")
     before, _, rest = text.partition(START)
@@ -418,8 +485,9 @@ def with_headline(text, rows):
 def page(rows, others, problems):
     """results/README.md: paper/page.md with every {table} filled in, then the runs that are in no table."""
     parts = {cell["table"]: table(cell["table"], rows) for cell in cells() if cell["table"] not in SHORT}
-    parts["short"] = [short_note(rows), "", *short_table(rows), "", "![short schedule](short.svg)", ""]
-    parts["short"] += short_orders(rows)
+    for tag in SHORT:
+        parts[tag] = [*short_table(rows, tag), "", f"![{tag} schedule]({tag}.svg)", *short_differences(rows, tag)]
+    parts["short"] = [short_note(rows), "", *parts["short"], "", *short_orders(rows)]
     parts = {tag: [*lines, "", *runs_of(tag, rows)] for tag, lines in parts.items()}
     text = (HERE / "paper" / "page.md").read_text("utf-8")
     text = re.sub(r"\{(.+)\}", lambda match: "\n".join(parts[match[1]]), text)
@@ -446,6 +514,8 @@ def write_pages():
         draw_figure(name, curves, rows)
     draw_responses(curves, rows)
     draw_short(rows)
+    draw_short_depth(rows)
+    draw_short_1001(curves, rows)
     damaged = [problem for problem in problems if "not finished" not in problem]  # the others may still be running
     (RESULTS / "README.md").write_text(page(rows, others, damaged), "utf-8")
     readme = HERE / "README.md"

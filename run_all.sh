@@ -148,6 +148,22 @@ short                                -          3      short/38-conv-shortcut   
 short                                -          3      short/38-dropout-shortcut                --depth 38 --unit basic-dropout-shortcut $short
 short                                -          3      short/38-single                          --depth 38 --unit single $short
 short                                -          3      short/38-single-preact                   --depth 38 --unit single-preact $short
+
+# Degradation on the short schedule: plain and residual nets of growing depth, as in [1] Figs 1 and 6
+short-depth                          -          3      short/20-plain                           --depth 20 --unit basic-plain $short
+short-depth                          -          3      short/32-plain                           --depth 32 --unit basic-plain $short
+short-depth                          -          3      short/44-plain                           --depth 44 --unit basic-plain $short
+short-depth                          -          3      short/56-plain                           --depth 56 --unit basic-plain $short
+short-depth                          -          3      short/20                                 --depth 20 --unit basic $short
+short-depth                          -          3      short/32                                 --depth 32 --unit basic $short
+short-depth                          -          3      short/44                                 --depth 44 --unit basic $short
+short-depth                          -          3      short/56                                 --depth 56 --unit basic $short
+
+# 1,001 layers on the short schedule: the original and the full pre-activation unit, as in [2] Fig. 1 right
+short-1001                           -          1      short/164                                --depth 164 --unit bottleneck $short
+short-1001                           -          1      short/164-preact                         --depth 164 --unit bottleneck-preact $short
+short-1001                           -          1      short/1001                               --depth 1001 --unit bottleneck $short
+short-1001                           -          1      short/1001-preact                        --depth 1001 --unit bottleneck-preact $short
 "
 names=$'\n'$(awk '/^[^#]/ {print $4}' <<<"$rows")$'\n'
 all_tags=' '$(awk '/^[^#]/ {print $1}' <<<"$rows" | tr , '\n' | sort -u | tr '\n' ' ')
@@ -251,12 +267,14 @@ quoted() { # the words as one line that a shell reads back as they are
 }
 
 if [ -n "${LIST:-}" ]; then
+    # What was measured (results/costs.csv): CPU seconds an image and peak memory on one thread of an AMD EPYC, in the
+    # second of two iterations of one micro-batch; for ImageNet of 4 images, without memory. Evaluations are not counted.
     costs=$'\n'$(awk -F, 'NR > 1 {
         h = $2 * $3 / 7200
         printf "%s about %.*f h%s\n", $1, h < 1 ? 2 : h < 10, h, $4 ? sprintf(", %.1f GB", $4 / 1e9) : ""
     }' results/costs.csv)$'\n'
-    echo "# name, the paper's number, command # tags; cost; done: the cost in hours on 2 CPU cores that two runs share (JOBS=2)"
-    echo "# and in peak memory, from results/costs.csv: the images of a run, CPU seconds an image, bytes"
+    echo "# name, the paper's number, command # tags; what a run costs: hours on 2 CPU cores that two runs share (JOBS=2), and"
+    echo "# peak memory; done"
     for r in $(printf '%s\n' ${order[@]+"${order[@]}"} | sort -n); do
         command_of "$r"
         [ "${headings[r]}" = "$heading" ] || printf '\n%s (%s)\n' "${headings[r]}" "${tags%%,*}"

@@ -141,22 +141,25 @@ def trained(tmp_path, monkeypatch):
     torch.manual_seed(0)
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
 
-    def make(name):
+    def make(name, old=False, **flags):
         net = models.cifar_resnet(14, units.UNITS[name])
-        state = {"model": net.state_dict(), "mean": torch.full((3, 32, 32), 120.0), "std": torch.ones(3, 1, 1)}
-        state |= {"schema": checkpoint.SCHEMA, "flags": {}}
+        about = {"mean": torch.full((3, 32, 32), 120.0), "std": torch.ones(3, 1, 1)}
+        state = {"schema": checkpoint.SCHEMA, "flags": {}, "model": net.state_dict()}
+        state |= about if old else {"about": about}
         torch.save(state, tmp_path / "checkpoint.pt")
         config = {"depth": 14, "unit": name, "unit_args": {"option": "A"}, "dataset": "synthetic", "data": None}
+        config |= flags or {"recipe": "paper"}
         (tmp_path / "config.json").write_text(json.dumps(config))
         monkeypatch.setattr(sys, "argv", ["propagation.py", "--responses", str(tmp_path)])
-        return net, (images - state["mean"]) / state["std"]
+        return net, (images - about["mean"]) / about["std"]
 
     return make
 
 
-def test_responses_are_the_std_after_bn(trained, tmp_path, capsys):
-    """[1] Fig. 7 on a small net, against the same numbers taken unit by unit."""
-    net, x = trained("basic")
+@pytest.mark.parametrize("old", (False, True))
+def test_responses_are_the_std_after_bn(trained, tmp_path, capsys, old):
+    """[1] Fig. 7 on a small net, of a run of today or an old one, against the same numbers taken unit by unit."""
+    net, x = trained("basic", old)
     assert propagation.main() == 0 and capsys.readouterr().out == f"{tmp_path / 'responses.csv'}\n"
     measured = [float(row["std"]) for row in csv.DictReader(open(tmp_path / "responses.csv"))]
     with torch.inference_mode():
@@ -172,12 +175,10 @@ def test_responses_are_the_std_after_bn(trained, tmp_path, capsys):
 def test_runs_without_responses(trained, tmp_path, monkeypatch, capsys):
     trained("basic-preact")
     assert propagation.main() == 2 and "basic-preact has it elsewhere" in capsys.readouterr().err
-    trained("basic")
-    state = checkpoint.load(tmp_path)
-    torch.save({name: state[name] for name in ("model", "schema", "flags")}, tmp_path / "checkpoint.pt")
+    trained("basic", crop=224)
     assert propagation.main() == 2 and "is not a run of cifar_train.py" in capsys.readouterr().err
     (tmp_path / "checkpoint.pt").unlink()
     assert propagation.main() == 2 and "holds no checkpoint" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
-    assert propagation.main() == 2 and "there is no config.json" in capsys.readouterr().err
+    assert propagation.main() == 2 and "it has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "responses.csv").exists()

@@ -60,7 +60,7 @@ def test_empty_results(results):
     assert "| original, Fig. 4(a) | 6.61 |  | 5.93 |  |" in results.page()
     tables = {cell["table"] for cell in report.cells()}
     assert "(n =" not in results.page() and results.page().count("No run yet.") == len(tables)
-    assert results.drawn.keys() == {*report.FIGURES, "1-fig7", "short"}
+    assert results.drawn.keys() == {*report.FIGURES, *report.SHORT, "1-fig7"}
     assert results.readme().startswith("before\n") and results.readme().endswith("after\n")
     assert "None of the papers' nets" in results.readme() and "old" not in results.readme()
 
@@ -216,6 +216,29 @@ def test_orderings_of_the_short_schedule(results):
     assert "full pre-activation 0.50, original 0.50, plain 0.50: the papers' order." in page
 
 
+def test_degradation_and_depth_on_the_short_schedule(results):
+    """The tables, what the page says of them, and the curves: 2 of the paper by depth, and 4 by iteration."""
+    report.main()
+    assert results.drawn["short-depth"] == 2 and results.drawn["short-1001"] == 4 and "\n- " not in results.page()
+    for seed in (1, 2, 3):
+        for name, error in (("20-plain", 50), ("56-plain", 60), ("20", 49), ("56", 45.5)):
+            results(f"short/{name}/seed{seed}", error + seed, train_loss=error / 50)
+    results("short/164/seed1", 55)
+    results("short/164-preact/seed1", None)
+    results("short/1001-preact/seed1", 44.25, train_loss=1.25)
+    report.main()
+    page = results.page()
+    assert "| plain-56 | 13.2 | 62.00 (62.00 ± 1.00, n = 3) | 1.20 |" in page
+    assert "| ResNet-1001, full pre-activation | 4.92 | 44.25 (n = 1) | 1.25 |" in page
+    plain, residual, original = (line for line in page.splitlines() if line.startswith("- "))
+    change = "from 20 to 56 layers: test error {} % (the paper: {} %), training loss {}"
+    assert plain == "- plain nets, " + change.format("+10.00", "+3.51", "+0.20")
+    assert residual == "- residual nets, " + change.format("-3.50", "-1.78", "-0.07")
+    assert original.startswith("- 164 layers, ") and "test error +inf % (the paper: -0.47 %)" in original
+    assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3 * 2
+    assert "More than 0.5 %" not in page and "None of the papers' nets" in results.readme()
+
+
 def test_the_short_rows_are_in_the_papers_order():
     numbers = [math.inf if paper == "fail" else float(paper) for _, paper, _ in report.short_rows({})]
     assert numbers == sorted(numbers) and len(numbers) == 16
@@ -346,9 +369,7 @@ def test_committed_runs_are_their_rows(parse):  # noqa: F811
         assert config["environment"]["command"] == command
         if seed == "1":
             flags = vars(parse(cifar_train, lines[name]))
-            free = checkpoint.FREE | {"evaluate"}
-            assert config.keys() - free - {"environment", "about"} <= flags.keys(), name
-            for flag in flags.keys() - free:
+            for flag in cifar_train.IDENTITY:
                 before, now = map(checkpoint.without_off, (config.get(flag), flags[flag]))
                 assert before == now, (name, flag)
 

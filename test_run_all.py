@@ -122,7 +122,7 @@ def test_every_cifar_row_is_a_command_that_parses(parse):
 
 def test_every_imagenet_row_is_a_command_that_parses(parse):
     for line in listed("imagenet", SEEDS="1"):
-        name, _, *command = line.split()
+        name, paper, *command = line.split()
         assert command[:2] == ["python", "imagenet_train.py"]
         args = parse(imagenet_train, command[1:])
         assert args.out == f"results/{name}"
@@ -130,6 +130,8 @@ def test_every_imagenet_row_is_a_command_that_parses(parse):
             nets = "34-B/seed1 34-C/seed1 50/seed1 101/seed1 152/seed1 152/seed2".split()
             assert args.evaluate == [f"results/imagenet/{net}" for net in nets] and args.test == ["multi-scale"]
             continue
+        errors = [imagenet_train.papers_errors(args, protocol) for protocol in (*args.test, "1-crop")]
+        assert paper == "-" or any(paper.replace(",", ", ") in error for error in errors), name
         assert str(args.depth) == re.search(r"/(\d+)", name)[1]
         assert args.preact == ("-preact" in name)
         assert (args.augment == "scale-aspect") == ("scale-aspect" in name)
@@ -138,6 +140,7 @@ def test_every_imagenet_row_is_a_command_that_parses(parse):
 def test_rows_of_the_tables():
     rows = {"2-table1": 19, "2-table2": 10, "2-table3": 12, "2-table4": 9, "1-table6": 6, "1-fig6": 5, "short": 16}
     rows |= {"1-table2": 4, "1-table3": 7, "1-table4": 5, "1-table5": 1, "2-table5": 5, "2-section5": 7, "open": 9}
+    rows |= {"short-depth": 8, "short-1001": 4}
     tagged = tags().values()
     assert {tag: sum(tag in row for row in tagged) for tag in rows} == rows and set().union(*tagged) == set(rows)
     assert len(listed("2-table4", SEEDS="1")) == 9  # by its tag, wherever a row stands
@@ -156,7 +159,7 @@ def test_rows_of_the_tables():
         (["cifar10/1001-preact"], [f"cifar10/1001-preact/seed{seed}" for seed in range(1, 6)]),
         (["cifar10/1001-preact/seed2", "cifar10/20/seed7"], ["cifar10/1001-preact/seed2", "cifar10/20/seed7"]),
         (["cifar10/20/seed1", "cifar10/20"], ["cifar10/20/seed1"]),
-        (["56"], ["cifar10/56/seed1", "cifar10/56-plain/seed1"]),
+        (["10/56"], ["cifar10/56/seed1", "cifar10/56-plain/seed1"]),
     ),
 )
 def test_words_select_rows(words, runs):

@@ -5,9 +5,7 @@ import csv
 import json
 import os
 import pathlib
-import re
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -21,8 +19,7 @@ import data
 import imagenet_train
 import models
 import units
-from conftest import HERE, start_workers
-from test_run_all import listed
+from conftest import start_workers
 
 SCRIPT = imagenet_train  # what `flags` and `start` run
 
@@ -481,41 +478,6 @@ def test_processes_that_do_not_fit(start, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, printed = start(*TINY)
     assert status == 2 and "RANK" in printed and "not set" in printed
-
-
-# run_all.sh
-
-
-def test_every_row_is_a_command_that_parses(flags):
-    for line in listed("imagenet", SEEDS="1"):
-        name, paper, *command = line.split()
-        assert command[:2] == ["python", "imagenet_train.py"]
-        args = flags(*command[2:])
-        assert args.out == f"results/{name}"
-        if name.startswith("imagenet/ensemble"):
-            nets = "34-B/seed1 34-C/seed1 50/seed1 101/seed1 152/seed1 152/seed2".split()
-            assert args.evaluate == [f"results/imagenet/{net}" for net in nets] and args.test == ["multi-scale"]
-            continue
-        name = name.removesuffix("/seed1")
-        figures = [imagenet_train.papers_errors(args, protocol) for protocol in [*args.test, "1-crop"]]
-        assert paper == "-" or any(paper.replace(",", ", ") in figure for figure in figures), name
-        assert str(args.depth) == re.search(r"/(\d+)", name)[1] and args.preact == ("-preact" in name)
-        assert (args.augment == "scale-aspect") == ("scale-aspect" in name)
-    assert listed("152-preact", LAUNCH="torchrun --nproc_per_node=8")[0].split()[2:5] == [
-        "torchrun", "--nproc_per_node=8", "imagenet_train.py"
-    ]  # fmt: skip
-
-
-def test_an_ensemble_names_the_runs_that_it_lacks(tmp_path):
-    (tmp_path / "run_all.sh").write_text((HERE / "run_all.sh").read_text())
-    words = ["bash", "run_all.sh", "imagenet/ensemble"]
-    for folder in ("34-B", "34-C", "50", "101"):
-        (tmp_path / f"results/imagenet/{folder}/seed1").mkdir(parents=True)
-        (tmp_path / f"results/imagenet/{folder}/seed1/result.json").write_text("{}")
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    waits = "imagenet/ensemble/seed1 waits for the runs that it averages: "
-    assert done.stdout == waits + "results/imagenet/152/seed1 results/imagenet/152/seed2\n"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -15,9 +16,11 @@ import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
+import cifar_train
 import data
 import imagenet_train
 import models
+import training
 import units
 from conftest import start_workers
 
@@ -407,6 +410,57 @@ def test_a_run_continues_on_another_number_of_processes(start, monkeypatch, tmp_
     assert start_workers(2, "imagenet_train.py", *words) == [0, 0]
     assert checkpoint.load("run")["iteration"] == 5
     assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == [*"12345"]
+
+
+def test_a_run_whose_pictures_change(start, folders):
+    """What changed is said, and what one can do; put back, the run is what it was."""
+    words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1]
+    words += ["--device", "cpu", "--workers", 0, "--out", "run"]
+    assert start(*words)[0] == 0
+    picture, kept = folders / "train" / "n0" / "0.JPEG", folders / "kept.JPEG"
+    picture.rename(kept)
+    status, printed = start(*words)
+    assert status == 2 and "begun on 21 training images of 7 classes, and there are now 20 of 7. Put back" in printed
+    kept.rename(picture)
+    for part in ("train", "val"):
+        (folders / part / "n6").rename(folders / part / "n9")
+    status, printed = start(*words)
+    assert status == 2 and "(differing: n6, n9)" in printed
+    for part in ("train", "val"):
+        (folders / part / "n9").rename(folders / part / "n6")
+    status, printed = start(*words)
+    assert status == 0 and "already finished" in printed
+    status, printed = start("--evaluate", "run", script=cifar_train)
+    assert status == 2 and "run is no run of cifar_train.py" in printed
+    assert start("--dataset", "synthetic", "--images", 8, "--depth", 8, "--iterations", 1, script=cifar_train)[0] == 0
+    status, printed = start("--evaluate", "runs/synthetic-8-basic-seed1")
+    assert status == 2 and "is no run of imagenet_train.py" in printed
+
+
+def test_top5_of_few_classes_is_left_out(start, folders):
+    for part in ("train", "val"):
+        for c in (5, 6):
+            shutil.rmtree(folders / part / f"n{c}")
+    words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1]
+    status, printed = start(*words, "--device", "cpu", "--workers", 0, "--out", "run", "--test", "10-crop")
+    assert status == 0 and "top-1 error" in printed and "top-5" not in printed
+    assert "val_top5" not in pathlib.Path("run/log.csv").read_text() + pathlib.Path("run/result.json").read_text()
+    assert "top5" not in pathlib.Path("run/10-crop.json").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:--precision")
+def test_an_ensemble_computes_each_net_in_its_own_precision(world_of_one, monkeypatch):
+    images, device, seen = data.imagenet_part("synthetic", None, "val", 10), torch.device("cpu"), []
+    nets = []
+    for name in ("bf16", "tf32", "float32"):
+        net = models.imagenet_resnet(18, units.Basic, 10)
+        net.fc.register_forward_hook(
+            lambda fc, x, y, name=name: seen.append((name, y.dtype, torch.backends.cuda.matmul.allow_tf32))
+        )
+        nets.append((net, training.Precision(name, device)))
+    imagenet_train.evaluate(nets, images, "1-crop", 32, 2, 0, device)
+    expected = [("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("float32", torch.float32, False)]
+    assert len(seen) == 3 and seen == expected
 
 
 def test_two_processes_end_together_at_a_corrupt_image(folders, tmp_path):

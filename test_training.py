@@ -3,12 +3,14 @@ processes and the command line. No test looks at a clock."""
 
 import ast
 import csv
+import errno
 import fcntl
 import json
 import os
 import pathlib
 import re
 import signal
+import stat
 import subprocess
 import sys
 
@@ -179,6 +181,30 @@ def test_weight_decay_and_momentum(flags):
         assert len(weights["params"]) + len(others["params"]) == len(names)
     groups = training.sgd(net, 0.1, decay_all=flags("--decay-all").decay_all).param_groups
     assert {(group["weight_decay"], group["nesterov"]) for group in groups} == {(1e-4, False)}
+
+
+def test_frozen_parameters_stay_as_they_are(world_of_one):
+    """Neither gradient, nor momentum, nor decay; and the others train as if nothing were frozen behind them."""
+    images, labels = pictures(8)
+    batches = [(images.float(), labels)]
+    weights = []
+    for frozen in (("fc.",), ("stem.", "stages.0."), ()):
+        torch.manual_seed(0)
+        net = models.cifar_resnet(8, units.BasicPreAct)
+        for name, p in net.named_parameters():
+            p.requires_grad_(not name.startswith(tuple(frozen)) if frozen else True)
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        shared, running = training.flatten(net)
+        optimizer = training.sgd(net, 0.1)
+        words = training.classification, batches, shared, running, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+        for _ in range(2):
+            training.step(net, *words, training.Precision("float32", torch.device("cpu")))
+        for name, p in net.named_parameters():
+            assert torch.equal(p, before[name]) == (not p.requires_grad), name
+            assert (p.grad is None) == (p not in optimizer.state) == (not p.requires_grad)
+        weights.append(sum(p.numel() for p in net.parameters() if p.requires_grad))
+        assert len(shared) == weights[-1] + len(running) + 2
+    assert weights[0] == 75_290 - 650 and weights[1] < weights[0] < weights[2] == 75_290
 
 
 def test_initialisation_by_fan_in(flags):
@@ -513,11 +539,53 @@ def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
     assert ours["test_error"] == theirs["test_error"] and ours["train_loss"] == theirs["train_loss"]
 
 
+def test_a_first_try_that_failed_leaves_the_folder_free(start, monkeypatch):
+    """A folder with nothing but flags in it, such as one that memory did not suffice for, is begun anew."""
+
+    def no_memory(*words):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", no_memory)
+        status, printed = start(*TINY, "--lr", 0.2, "--out", "run")
+    assert status == 2 and "out of memory: CUDA out of memory. A smaller --micro-batch" in printed
+    assert sorted(os.listdir("run")) == [".lock", "config.json"]
+    assert start(*TINY, "--out", "run")[0] == 0
+    assert json.loads(pathlib.Path("run/config.json").read_text())["lr"] == 0.1
+    status, printed = start(*TINY, "--lr", 0.2, "--out", "run")
+    assert status == 2 and "--lr is 0.1 there and 0.2 here" in printed
+
+
+def test_file_systems_without_locks_or_folder_syncs(start, monkeypatch):
+    """Network file systems refuse either: the run goes on, and says once that nothing keeps other programs out."""
+    fsync = os.fsync
+
+    def unsupported(*words):
+        raise OSError(numbers[0], os.strerror(numbers[0]))
+
+    def files_alone(descriptor):
+        return unsupported() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "fsync", files_alone)
+    for numbers in ([errno.ENOSYS], [errno.ENOLCK], [errno.EOPNOTSUPP], [errno.EINVAL]):
+        status, printed = start(*TINY, "--out", f"run{numbers[0]}")
+        assert status == 0 and printed.count("cannot be locked") == 1 and "finished: test error" in printed
+    numbers = [errno.EIO]  # a lock that fails for another reason is an error
+    status, printed = start(*TINY, "--out", "run")
+    assert status == 2 and "Input/output error" in printed and "Traceback" not in printed
+
+
 def test_evaluating_an_unnamed_run_is_not_training(start):
     status, printed = start("--evaluate", "")
     assert status == 2 and "config.json" in printed and not os.path.exists("runs")
     status, printed = start("--evaluate", "run", "--depth=20", "--val-split", 8)
     assert status == 2 and "--evaluate goes without --depth, --val-split" in printed
+    pathlib.Path("afile").write_text("")
+    status, printed = start(*TINY, "--out", "afile")
+    assert status == 2 and "afile is a file, and a run needs a folder" in printed
+    status, printed = start("--evaluate", "afile")
+    assert status == 2 and "there is no run in afile" in printed
 
 
 def test_without_git(start, monkeypatch):

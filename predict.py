@@ -7,10 +7,13 @@ A picture is turned upright as its EXIF data say, which training and evaluation 
 sees the centre of the picture scaled to a shorter side of 32, an ImageNet net the views of a protocol of the papers.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import itertools
 import json
-import os
 import sys
 
 import torch

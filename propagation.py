@@ -10,6 +10,10 @@ is the sum of two parts: d loss / d x_L times the product of the lambdas in betw
 and what came through the F's.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import csv
 import itertools

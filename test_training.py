@@ -5,6 +5,7 @@ import ast
 import csv
 import errno
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import signal
 import stat
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -138,6 +140,8 @@ def test_training_equals_the_naive_one_loss_by_loss(recipe, flags, world_of_one,
         assert abs(losses[iteration] - expected[iteration]) < 1e-9, iteration
     assert np.allclose(losses, expected, rtol=0, atol=1e-9)
     assert checkpoint.read_result(tmp_path)["train_loss"] == round(losses[-1], 6)  # the last tenth
+    rows = csv.DictReader(open(tmp_path / "log.csv"))  # one an iteration, whose loss starts anew each time
+    assert [float(row["train_loss"]) for row in rows] == [round(loss, 6) for loss in losses]
     for name, value in naive.items():
         torch.testing.assert_close(state[name], value.detach(), rtol=0, atol=1e-9)
 
@@ -342,6 +346,46 @@ def test_validation_run(start, tmp_path):
     assert [bool(row["test_error"]) for row in rows] == [False] * 7 + [True]  # the test set is looked at once
     result = json.loads(pathlib.Path("run/result.json").read_text())
     assert result["test_error"] == float(rows[-1]["test_error"]) and result["val_error"] == float(rows[-1]["val_error"])
+
+
+def test_evaluation_counts_every_image(world_of_one):
+    """A net that reads the answer in the image, and one wrong label, in each place: also the last of a batch."""
+    answers = torch.arange(11) % 10
+    images = answers.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).to(torch.uint8)
+    net = torch.nn.Module()
+    net.forward = lambda x: torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10).float()
+    precision = training.Precision("float32", torch.device("cpu"))
+    for batch_size in (1, 4, 5, 11, 250):
+        for wrong in range(11):
+            labels = answers.clone()
+            labels[wrong] = (labels[wrong] + 1) % 10
+            assert cifar_train.evaluate(net, images, labels, 0.0, 1.0, precision, batch_size) == 100 / 11
+
+
+def test_a_line_a_minute(monkeypatch, world_of_one, capsys):
+    """The first after 10 s, with what is left; on a terminal only where that is long. Waiting is warned of once."""
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    for terminal, lines in ((False, 4), (True, 1)):
+        words = {"batch_size": 8, "workers": 3}, {"disable": not terminal, "set_postfix_str": lambda text: None}
+        args, bar = (types.SimpleNamespace(**fields) for fields in words)
+        run = types.SimpleNamespace(args=args, bar=bar, iterations=100_000, iteration=0, waited=0.0)
+        run.measured, run.warned, run.seen, run.means = False, False, (0, 0.0, clock[0]), lambda: (2.5, 0.75)
+        run.print_progress = functools.partial(training.Training.print_progress, run)
+        for _ in range(200):
+            clock[0], run.iteration, run.waited = clock[0] + 1, run.iteration + 1, run.waited + 0.5
+            training.Training.progress(run)
+        printed = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith("iteration ") for line in printed) == lines
+        assert printed[0] == (
+            "iteration 10 of 100,000, training loss 2.5000, training error 75.0 %, 8 images/s, 50% of the time waiting "
+            "for images, about 28 h left"
+        )
+        warning = (
+            "input-bound: 50% of the time is spent waiting for images. The loader delivers 8 images/s, the net could "
+        )
+        assert [line for line in printed if "bound" in line] == [warning + "take 16 (--workers is 3)"]
+    assert [training.duration(s) for s in (40, 600, 7300, 200_000)] == ["40 s", "10 min", "2 h", "2.3 days"]
 
 
 def test_rows_and_evaluations():
@@ -649,6 +693,27 @@ def test_imports_do_nothing():
     before = sorted(HERE.iterdir())
     done = subprocess.run([sys.executable, "-Bc", code], cwd=HERE, capture_output=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"") and sorted(HERE.iterdir()) == before
+
+
+def test_threads_that_spin_less():
+    """Every script that computes sets it before it imports torch, unless the user has."""
+    code = """
+import os, runpy, sys
+class Finder:
+    def find_spec(name, *more):
+        if name == "torch":
+            raise SystemExit(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1])
+"""
+    scripts = "cifar_train imagenet_train detection_train propagation benchmark predict".split()
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for script in scripts:
+        for given in (None, "7"):
+            variables = environment | ({"GOMP_SPINCOUNT": given} if given else {})
+            words = [sys.executable, "-c", code, f"{script}.py"]
+            done = subprocess.run(words, cwd=HERE, env=variables, capture_output=True, text=True)
+            assert done.stderr.strip() == (given or "20000"), script
 
 
 def test_nothing_is_selected_on_the_test_set():

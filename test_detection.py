@@ -1,21 +1,33 @@
-"""What detection.py and data.py's detection section do: each of the known ways to get a detector wrong has a test that
-would catch it. No test looks at a clock."""
+"""What detection.py, detection_train.py and data.py's detection section do: each of the known ways to get a detector
+wrong has a test that would catch it. No test looks at a clock."""
 
+import csv
+import json
 import math
+import pathlib
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torchvision.models import VGG, vgg16
 from torchvision.models.vgg import make_layers
 from torchvision.ops import FrozenBatchNorm2d
 
+import checkpoint
 import data
 import detection
+import detection_train
 import models
 import units
+import weights
+from conftest import start_workers
+
+SCRIPT = detection_train  # what `flags` and `start` run
 
 # The objects of an image
 
@@ -211,10 +223,10 @@ def vgg():
     return net.eval()
 
 
-def detector(net=None, classes=5, short=96, roi=7, **more):
+def detector(net=None, classes=5, mean=data.MEAN, std=data.STD, short=96, roi=7, **more):
     net = net or resnet()
     torch.manual_seed(1)
-    return detection.Detector(net, classes, short, roi, **more)
+    return detection.Detector(net, classes, mean, std, short, roi, **more)
 
 
 def objects(*boxes):
@@ -269,8 +281,8 @@ def test_parameters():
         return fixed + sum(p.numel() for p in net.parameters())
 
     with torch.device("meta"):
-        one = detection.Detector(models.imagenet_resnet(101, units.Bottleneck), 20)
-        two = detection.Detector(vgg16(weights=None, init_weights=False), 20)
+        one = detection.Detector(models.imagenet_resnet(101, units.Bottleneck), 20, data.MEAN, data.STD)
+        two = detection.Detector(vgg16(weights=None, init_weights=False), 20, data.MEAN, data.STD)
     assert count(one) == 52_199_638
     assert count(one) - count(one.rpn) + 9 * 1024 * 512 + 512 + 513 * 45 == 47_457_494  # an RPN 512 wide, as VGG's
     assert count(two) == 137_073_622
@@ -450,6 +462,15 @@ def test_the_loss_is_the_papers(monkeypatch):
     assert error == (scores.argmax(dim=1) != labels).double().mean()
 
 
+def test_regions_are_pooled_where_they_lie():
+    """Cells of 16 pixels: a region of cells 2 to 4 across and 1 to 3 down holds the values of these and no others."""
+    net, seen = detector(roi=3), []
+    net.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    maps = torch.arange(48.0).view(1, 1, 6, 8).expand(1, net.rpn.head.bbox_pred.in_channels, 6, 8)
+    net.classify(maps, torch.tensor([[32.0, 16, 64, 48]]))
+    assert torch.equal(seen[0][0, 0], maps[0, 0, 1:4, 2:5])
+
+
 def test_how_many_are_sampled():
     """256 anchors, half of them objects, and 64 regions, a quarter; the rest is filled up with background."""
     net = detector()
@@ -594,9 +615,8 @@ def test_average_precision_is_the_devkits(least, hard):
             made = {"boxes": near, "scores": scores, "labels": labels[again]}
             found.append({key: torch.from_numpy(value) for key, value in made.items()})
         for label in (1, 2, 3):
-            for eleven_points in (True, False):
-                ours = detection.average_precision(found, truth, label, eleven_points, least)
-                worst = max(worst, abs(ours - devkit(found, truth, label, eleven_points, least)))
+            for rule, ours in detection_train.average_precision(found, truth, label, least).items():
+                worst = max(worst, abs(ours / 100 - devkit(found, truth, label, rule == "11point", least)))
                 values.append(ours)
     assert worst <= 1e-12 and min(values) > 0 and len(set(values)) > len(values) / 2
 
@@ -613,43 +633,237 @@ def one_image(boxes, difficult, *found):
 A, B, ELSEWHERE = [0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]
 
 
-@pytest.mark.parametrize("eleven_points", (True, False))
-def test_what_counts_as_right(eleven_points):
+@pytest.mark.parametrize("rule", ("11point", "area"))
+def test_what_counts_as_right(rule):
     def ap(*words):
-        return detection.average_precision(*one_image(*words), 1, eleven_points)
+        return detection_train.average_precision(*one_image(*words), 1)[rule] / 100
 
     assert ap([A, B], [False, False], (A, 0.9), (B, 0.8)) == 1
-    half = 6 / 11 if eleven_points else 1 / 2
+    half = 6 / 11 if rule == "11point" else 1 / 2
     assert ap([A, B], [False, False], (A, 0.9)) == pytest.approx(half)
     # a difficult object: found, missed and found twice change nothing
     for found in ([(B, 0.95)], [], [(B, 0.95), (B, 0.94)]):
         assert ap([A, B], [False, True], (A, 0.9), *found) == 1
     # the second detection of an object is wrong, and so is one elsewhere, or that overlaps by a half and no more
     for wrong in (A, ELSEWHERE, [0, 0, 10, 5]):
-        second = 5 / 11 * 2 / 3 if eleven_points else 1 / 2 * 2 / 3
+        second = 5 / 11 * 2 / 3 if rule == "11point" else 1 / 2 * 2 / 3
         assert ap([A, B], [False, False], (A, 0.9), (wrong, 0.8), (B, 0.7)) == pytest.approx(half + second)
-    assert ap([A], [False]) == 0 and math.isnan(ap([A], [True], (A, 0.9)))
+    assert ap([A], [False]) == 0
+    assert detection_train.average_precision(*one_image([A], [True], (A, 0.9)), 1) is None  # no object that counts
 
 
 def test_the_two_conventions_differ():
     """11-point and area are two numbers of the same detections, and other classes' detections change neither."""
     found, truth = one_image([A, B], [False, False], (A, 0.9), (ELSEWHERE, 0.8), (B, 0.7))
-    ap = [detection.average_precision(found, truth, 1, eleven) for eleven in (True, False)]
-    assert ap == pytest.approx([(6 + 5 * 2 / 3) / 11, 1 / 2 + 1 / 3])
+    ap = detection_train.average_precision(found, truth, 1)
+    assert ap == pytest.approx({"11point": 100 * (6 + 5 * 2 / 3) / 11, "area": 100 * (1 / 2 + 1 / 3)})
     found[0]["labels"][1] = 2
-    assert detection.average_precision(found, truth, 1, False) == 1
-    assert math.isnan(detection.average_precision(found, truth, 2, False))  # a class without objects has no AP
+    assert detection_train.average_precision(found, truth, 1)["area"] == 100
+    assert detection_train.average_precision(found, truth, 2) is None  # a class without objects
 
 
 # Pictures
 
 
 def test_drawing():
-    image = Image.new("RGB", (160, 120))
+    pixels = torch.zeros(3, 120, 160, dtype=torch.uint8)
     found, _ = one_image([A], [False], ([10, 20, 90, 100], 0.91), ([120, 5, 150, 90], 0.49))
-    drawn = detection.draw(image, found[0], ["dog", "cat"])
-    assert not np.array(image).any() and drawn.size == image.size
-    pixels = np.array(drawn).any(axis=2)
-    assert pixels[20:101, 10].all() and pixels[100, 10:91].all() and pixels[20:101, 90].all()
-    assert not pixels[:, 100:].any()  # not likely enough
-    assert detection.draw(image.convert("L"), found[0], ["dog", "cat"], least=0.4).getpixel((120, 60)) != (0, 0, 0)
+    drawn = detection.draw(pixels, found[0], ["dog", "cat"])
+    assert not pixels.any() and drawn.shape == pixels.shape and drawn.dtype == torch.uint8
+    drawn = drawn.any(dim=0)
+    assert drawn[20:101, 10].all() and drawn[100, 10:91].all() and drawn[20:101, 90].all()
+    assert not drawn[:, 100:].any()  # not likely enough
+    assert drawn[21:40, 12:80].any()  # its name
+    found[0]["scores"] *= 0.1
+    assert torch.equal(detection.draw(pixels, found[0], ["dog", "cat"]), pixels)
+
+
+# Training
+
+
+def test_learning_rate(flags):
+    """The paper's: 60,000 iterations at 0.001 and 20,000 at 0.0001, of 2 images."""
+    args = flags()
+    assert (args.iterations, args.batch_size, args.depth, args.unit) == (80_000, 2, 101, "bottleneck")
+    assert (args.short, args.roi, args.regions, args.width) == (600, 14, 64, 64)
+    points = (0, 59_999, 60_000, 79_999)
+    assert [detection_train.lr_at(t, args) for t in points] == [0.001, 0.001, 0.0001, 0.0001]
+    args = flags("--vgg", "--weights", "vgg16.pth")
+    assert (args.unit, args.roi, args.short) == ("vgg", 7, 600)
+
+
+TINY = (
+    "--dataset synthetic --images 6 --batch-size 2 --iterations 6 --lr 0.002 --workers 0 --device cpu --draw 1".split()
+)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(detection_train, "PRETRAINING", 2)
+
+
+def test_a_run_and_its_folder(start, quick, tmp_path):
+    status, printed = start(*TINY, "--out", "run")
+    assert status == 0 and "Faster R-CNN on ResNet-18 (basic, " in printed and "warning: BN" not in printed
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    with open("run/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5, 6] and float(rows[3]["lr"]) == 0.002
+    assert float(rows[5]["lr"]) == pytest.approx(0.0002) and not rows[0]["map_area"]
+    for rule in ("11point", "area"):
+        mean = np.mean([ap[rule] for ap in result["aps"].values()])
+        assert result[f"map_{rule}"] == pytest.approx(mean) == pytest.approx(float(rows[-1][f"map_{rule}"]))
+    assert {"dataset": "synthetic", "unit": "basic", "diverged": False, "short": 128}.items() <= result.items()
+    assert set(result["aps"]) <= set(data.Shapes.classes)
+    assert [path.name for path in sorted(tmp_path.glob("run/*.png"))] == ["found-0.png"]
+    assert Image.open("run/found-0.png").size == (128, 128)
+    assert "already finished" in start(*TINY, "--out", "run")[1]
+    status, printed = start("--evaluate", "run", "--draw", 2, "--workers", 0, "--device", "cpu")
+    shown = f"run: mAP (11-point) {result['map_11point']:.2f} %, mAP (area) {result['map_area']:.2f} % after 6 of 6"
+    assert status == 0 and shown in printed and len([*tmp_path.glob("run/*.png")]) == 2
+
+
+def test_a_stopped_run_continues_to_the_same_bits(start, quick, monkeypatch):
+    """And in the trained states of both what is fixed has not moved, whatever decays."""
+    words = [*TINY, "--checkpoint-seconds", 0]
+    assert start(*words, "--out", "whole")[0] == 0
+    check, calls = checkpoint.Stop.check, []
+
+    def stop_at_the_fourth(self, due=None):
+        calls.append(due)
+        if len(calls) == 4:
+            raise checkpoint.Stopped(signal.SIGTERM)
+        return check(self, due)
+
+    monkeypatch.setattr(checkpoint.Stop, "check", stop_at_the_fourth)
+    assert start(*words, "--out", "parts")[0] == 143
+    half = checkpoint.load("parts")
+    assert half["iteration"] == 3
+    monkeypatch.setattr(detection_train, "pretrain", None)  # which is not done again
+    assert start(*words, "--out", "parts")[0] == 0
+    whole, parts = (checkpoint.load(out)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    fixed = {name for name in whole if name.startswith(("trunk.0.", "trunk.1.")) or "running" in name}
+    assert len(fixed) > 40
+    assert fixed <= {name for name, value in whole.items() if torch.equal(value, half["model"][name])}
+
+
+def in_float64(out, monkeypatch):
+    """A run of TINY in float64 as one of dist.get_world_size() processes."""
+    monkeypatch.setattr(
+        sys, "argv", ["detection_train.py", *TINY, "--iterations", "3", "--images", "7", "--out", str(out)]
+    )
+    objective, make, image = detection.objective, detection.detector, detection_train.as_image
+    monkeypatch.setattr(detection_train, "PRETRAINING", 2)
+    monkeypatch.setattr(detection_train, "as_image", lambda *words: image(*words).double())
+    monkeypatch.setattr(detection, "detector", lambda *words: make(*words).double())
+    monkeypatch.setattr(detection, "objective", lambda net, x, boxes, *more: objective(net, x, boxes.double(), *more))
+    assert detection_train.train(detection_train.parse_flags(), torch.device("cpu")) == 0
+
+
+def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
+    """On the weights, and on what is found in an odd number of test images."""
+    in_float64(tmp_path / "one", monkeypatch)
+    assert start_workers(2, __file__, tmp_path / "two") == [0, 0]
+    one, two = (checkpoint.load(tmp_path / name) for name in ("one", "two"))
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-9)
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["train_loss"] == b["train_loss"] and a["map_area"] == b["map_area"]
+
+
+def test_diverged_run_is_a_result(start, quick):
+    status, printed = start(*TINY, "--lr", 1e30, "--out", "run")
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert status == 0 and "finished: diverged" in printed
+    assert result["diverged"] and result["map_area"] is None and not [*pathlib.Path("run").glob("*.png")]
+
+
+def test_weights_of_a_run_or_a_file(start, monkeypatch, tmp_path):
+    """The detector begins with the weights that were given, whole and unchanged where they are fixed, and sees images
+    as these did."""
+    net = resnet(18, "basic-preact", width=64)
+    about = {"classes": [f"class {c}" for c in range(10)], "size": 64, "depth": 18, "unit": "basic-preact"}
+    about |= {"unit_args": {"option": "B"}} | weights.grey_levels((0.1, 0.2, 0.3), (1 / 255, 1 / 255, 1 / 255))
+    weights.save(net, about, "net.pth")
+    words = [*TINY, "--short", 64, "--images", 2, "--iterations", 1, "--out", "run"]
+    status, printed = start(*words, "--weights", "net.pth")
+    assert status == 0 and "on ResNet-18 (basic-preact" in printed and "no --weights" not in printed
+    state, start_ = checkpoint.load("run"), net.state_dict()
+    torch.testing.assert_close(state["about"]["std"].flatten(), torch.ones(3))
+    fixed = [name for name in start_ if name.startswith(("stem.", "stages.0.")) or "running" in name]
+    for name in fixed:
+        ours = name.replace("stem.", "trunk.0.").replace("stages.3.", "head.0.").replace("last.", "head.1.")
+        ours = f"trunk.{int(ours[7]) + 1}{ours[8:]}" if ours.startswith("stages.") else ours
+        assert torch.equal(state["model"][ours], start_[name]), name
+    assert start("--evaluate", "run", "--workers", 0, "--device", "cpu")[0] == 0  # without the file
+
+
+def test_weights_of_vgg(start, monkeypatch):
+    monkeypatch.setattr(detection, "vgg16", lambda **_: vgg())
+    net = vgg()
+    torch.save(net.state_dict(), "vgg.pth")
+    words = [*TINY, "--vgg", "--images", 2, "--iterations", 1, "--out", "run"]
+    assert start(*words, "--weights", "vgg.pth")[0] == 0
+    assert torch.equal(checkpoint.load("run")["model"]["trunk.7.weight"], net.features[7].weight)
+    torch.save(resnet().state_dict(), "other.pth")
+    status, printed = start(*words, "--weights", "other.pth", "--out", "another")
+    assert status == 2 and "other.pth is no file of torchvision's vgg16" in printed
+
+
+def test_a_folder_of_ones_own(start, quick, monkeypatch, tmp_path):
+    monkeypatch.setitem(detection_train.RECIPES["voc"], "width", 8)
+    objects_ = [("cat", 11, 11, 50, 60), ("dog", 60, 20, 100, 80), ("dog", 5, 5, 20, 20, DIFFICULT)]
+    write_voc(tmp_path / "own", {n: ((120, 90), objects_) for n in "abc"}, {"train": "ab", "val": "c"})
+    words = "--data own --depth 18 --short 64 --iterations 1 --workers 0 --device cpu --draw 1 --out run".split()
+    status, printed = start(*words)
+    assert status == 0 and "2 training images of 2 classes" in printed
+    assert [*json.loads(pathlib.Path("run/result.json").read_text())["aps"]] == ["cat", "dog"]
+    assert Image.open("run/found-0.png").size == (120, 90)
+    write_voc(tmp_path / "own", {"c": ((120, 90), [("cow", 11, 11, 50, 60)])}, {"train": "c"})
+    status, printed = start("--evaluate", "run", "--workers", 0, "--device", "cpu")
+    assert status == 2 and "run is of cat, dog and the images of cow" in printed
+    assert start(*words)[0] == 2  # another set is another run
+
+
+BAD = [
+    ("--iterations 0", "--iterations must be at least 1"),
+    ("--lr 0", "--lr must be a positive float32"),
+    ("--short 10", "--short must be at least 32"),
+    ("--draw -1", "--draw must be at least 0"),
+    ("--workers -1", "--workers must be at least 0"),
+    ("--depth 19", "depth 19 is impossible"),
+    ("--vgg", "--vgg needs --weights"),
+    ("--vgg --weights x --depth 50", "--depth: the weights say which net it is"),
+    ("--weights x --preact", "--preact: the weights say which net it is"),
+    ("--compile", "--compile: images have many sizes"),
+    ("--weights nowhere.pth --dataset synthetic --images 1", "there is no nowhere.pth"),
+    ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),
+    ("--evaluate nowhere", "there is no run in nowhere"),
+    ("--evaluate nowhere --short 64", "--evaluate goes without --short"),
+    ("--batch-size 2 --regions 3", "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize("words, message", BAD)
+def test_bad_input(start, words, message, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", offline)
+    status, printed = start(*words.split(), "--device", "cpu")
+    assert status == 2 and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_the_first_result(start):
+    """The command of docs/detection.md, in 6 minutes on 2 cores."""
+    assert start("--dataset", "synthetic", "--device", "cpu", "--out", "run")[0] == 0
+    assert json.loads(pathlib.Path("run/result.json").read_text())["map_area"] >= 60
+
+
+if __name__ == "__main__":
+    checkpoint.start_processes("cpu")
+    torch.set_num_threads(1)
+    in_float64(sys.argv[1], pytest.MonkeyPatch())
+    dist.destroy_process_group()

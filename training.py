@@ -84,14 +84,14 @@ def flatten(net):
     return shared, running
 
 
-def sgd(net, lr, nesterov=False, decay_all=False):
+def sgd(net, lr, nesterov=False, decay_all=False, weight_decay=WEIGHT_DECAY):
     """The papers' SGD, in which the weights of convolutions and fc alone decay; with decay_all BN and biases too.
     A parameter that does not require a gradient is left alone."""
     trained = [p for p in net.parameters() if p.requires_grad]
     weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups = [{"params": weights}, {"params": others, "weight_decay": WEIGHT_DECAY if decay_all else 0}]
+    groups = [{"params": weights}, {"params": others, "weight_decay": weight_decay if decay_all else 0}]
     lr = torch.tensor(lr, dtype=weights[0].dtype, device=weights[0].device)
-    optimizer = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, MOMENTUM, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     for p in trained:
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a CUDA graph needs it from the start
     return optimizer
@@ -235,9 +235,24 @@ class Training:
     run: a checkpoint.Run. objective: see `step`. micro_batches: a function from an iteration's draws, a list of
     tensors, to this process's micro-batches. iterations: how many there will be. images: how many to train on.
     columns: {name of an error in log.csv: its name in a sentence}. about: the classes' names, mean, std and size.
+    graph: whether a CUDA graph may be tried: not where shapes differ. options: of `sgd`.
     """
 
-    def __init__(self, args, run, net, objective, micro_batches, iterations, images, columns, about, device, **options):
+    def __init__(
+        self,
+        args,
+        run,
+        net,
+        objective,
+        micro_batches,
+        iterations,
+        images,
+        columns,
+        about,
+        device,
+        graph=True,
+        **options,
+    ):
         self.args, self.run, self.net, self.device = args, run, net, device
         self.iterations, self.images, self.columns, self.about = iterations, images, columns, about
         self.shared, self.running = flatten(net)
@@ -249,7 +264,7 @@ class Training:
             batches = micro_batches(draws)
             step(net, objective, batches, self.shared, self.running, self.optimizer, self.scaler, precision)
 
-        self.compute, self.precision, self.is_graph = compute, precision, device.type != "cuda"
+        self.compute, self.precision, self.is_graph = compute, precision, device.type != "cuda" or not graph
         # not torch.manual_seed, which seeds every kind of device and takes the host a hundred times as long
         self.generator = torch.default_generator
         if device.type == "cuda":
@@ -295,8 +310,9 @@ class Training:
     def introduce(self):
         """Print what is trained, on what and where, and warn of what seldom trains well."""
         args, count = self.args, sum(p.numel() for p in self.net.parameters())
+        name = getattr(args, "name", f"ResNet-{args.depth}")
         print_line(
-            f"ResNet-{args.depth} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training images "
+            f"{name} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training images "
             f"of {len(self.about['classes'])} classes; {args.batch_size} images a step in {args.precision} on "
             f"{self.device.type}; processes: {dist.get_world_size()}, threads: {torch.get_num_threads()}; in {args.out}"
             + (f", continuing at iteration {self.iteration:,} of {self.iterations:,}" if self.iteration else "")
@@ -306,7 +322,7 @@ class Training:
                 f"warning: an epoch is {max(1, round(self.images / args.batch_size))} iterations of {args.batch_size} "
                 "images. So few steps train badly: choose a smaller --batch-size, and a smaller --lr with it"
             )
-        if args.micro_batch < 16:
+        if len(self.running) and args.micro_batch < 16:
             print_line(
                 f"warning: BN's statistics are of {args.micro_batch} images, so they are noisy: choose a --micro-batch "
                 "of 16 or more if you can (it must divide --batch-size)"

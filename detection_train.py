@@ -10,12 +10,15 @@
 The same command again continues a run that was stopped.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+
 import argparse
 import contextlib
 import functools
 import io
 import math
-import os
 import pathlib
 import sys
 

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=2 cifar_train.py --depth 110 --preact         # the same net from two processes
     python cifar_train.py --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6
     python cifar_train.py --dataset synthetic --depth 20 --preact --iterations 300
-    python cifar_train.py --evaluate runs/cifar10-110-basic-preact-seed1
+    python cifar_train.py --evaluate runs/cifar10-110-basic-preact-seed1    # or a file of weights
+    python cifar_train.py --weights FROM --lr 0.01                          # begin from a net's weights
 
 The same command again continues a run that was stopped.
 """
@@ -14,6 +15,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
 
 import argparse
+import pathlib
 import sys
 
 import torch
@@ -28,6 +30,7 @@ from training import (
     add_run_flags,
     add_unit_flags,
     at_least,
+    begun,
     check_recipe,
     classification,
     compile_units,
@@ -40,6 +43,7 @@ from training import (
     start,
 )
 from units import UNITS
+from weights import load as load_weights
 
 RECIPES = {
     # [1] Section 4.2; the warm-up is [2]'s (appendix). Weight decay on convolutions and fc only.
@@ -84,7 +88,8 @@ def evaluate(net, images, labels, mean, std, precision, batch_size=250):
 def train(args, device):
     """Train the net that the flags name, from where its run stands, and write the result. Returns the exit status."""
     with checkpoint.all_or_none():
-        run = checkpoint.Run(args.out, {name: getattr(args, name) for name in IDENTITY}, ["test_error"])
+        identity = {name: getattr(args, name) for name in IDENTITY} | {"weights": args.weights_hash}
+        run = checkpoint.Run(args.out, identity, ["test_error"])
     checkpoint.agree(args.out, run.result)
     if run.result:
         return finish(run, run.result, {"test_error": "test error"})
@@ -94,14 +99,19 @@ def train(args, device):
         images, labels = (t.to(device) for t in sets.pop("train"))
         sets = {name: [t.to(device) for t in pair] for name, pair in sets.items()}
         mean, std = data.normalisation(images, args.recipe)
-        net = new_net(args).to(device, memory_format=torch.channels_last)
+        classes = data.class_names(args.dataset, args.data)
+        if args.weights:
+            mean, std = (args.begin[1][name].to(device) for name in ("mean", "std"))
+            mean = mean.expand(3, 32, 32)
+        net = begun(args, classes) if args.weights else new_net(args)
+        net.to(device, memory_format=torch.channels_last)
         if args.compile:
             compile_units(net)
-        about = {"classes": data.class_names(args.dataset, args.data), "mean": mean, "std": std, "size": 32}
+        about = {"classes": classes, "mean": mean, "std": std, "size": 32}
         run.begin({name: getattr(args, name) for name in SETTINGS}, about)
 
     crops, mean_crops = data.every_crop(images), data.every_crop(mean)
-    scale = None if args.recipe == "paper" else std  # which is 1 there
+    scale = None if bool((std == 1).all()) else std  # 1 in recipe paper
     watched = "val" if "val" in sets else "test"  # evaluated at every row; the other one at the end alone
     rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, len(sets[watched][0]))
 
@@ -164,21 +174,31 @@ def load_sets(args):
 
 
 def evaluate_run(flags, device):
-    """Print the test error of a run's checkpoint, on the data set of its flags. Returns the exit status."""
-    folder = flags.evaluate
-    with checkpoint.all_or_none(folder):
-        args, state = checkpoint.read_run(folder)
-        if "recipe" not in args:
-            raise ValueError(f"{folder} is no run of cifar_train.py: evaluate it with the script that trained it")
-        args.data = flags.data or args.data
-        net = cifar_resnet(args.depth, UNITS[args.unit], data.CLASSES[args.dataset], **args.unit_args)
-        net.load_state_dict(state["model"])
-        about = state.get("about", state)  # a run from before `about` has mean and std beside the weights
+    """Print the test error of a run's checkpoint, on the data set of its flags, or of a file of weights, on that of the
+    command line. Returns the exit status."""
+    source, args, when = flags.evaluate, flags, ""
+    with checkpoint.all_or_none(source):
+        if pathlib.Path(source).is_dir():
+            args, state = checkpoint.read_run(source)
+            if "recipe" not in args:
+                raise ValueError(f"{source} is no run of cifar_train.py: evaluate it with the script that trained it")
+            when = f" after {state['iteration']:,} of {args.iterations:,} iterations"
+        net, about = load_weights(source, flags.layout)
+        check_kind(net, source)
+        if len(about["classes"]) != data.CLASSES[args.dataset]:
+            raise ValueError(f"{source} has {len(about['classes'])} classes, as --dataset {args.dataset} has not")
+        args.data = flags.data or vars(args).get("data") or "data"
         test = [t.to(device) for t in (*load_sets(args)["test"], about["mean"], about["std"])]
     net.to(device, memory_format=torch.channels_last)
     error = evaluate(net, *test, Precision(args.precision, device))
-    print_line(f"{folder}: test error {error:.2f} % after {state['iteration']:,} of {args.iterations:,} iterations")
+    print_line(f"{source}: test error {error:.2f} %{when}")
     return 0
+
+
+def check_kind(net, source):
+    """Raises ValueError when a net is none of CIFAR's."""
+    if net.stem[0].kernel_size != (3, 3):
+        raise ValueError(f"{source} is a net of ImageNet's kind: imagenet_train.py takes it")
 
 
 def parse_flags():
@@ -205,13 +225,14 @@ def parse_flags():
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
     group = parser.add_argument_group("the machine and the run")
     add_run_flags(group, checkpoint_seconds=60)
-    group.add_argument("--evaluate", metavar="RUN", help="print the test error of a run's checkpoint; trains nothing")
+    group.add_argument("--evaluate", metavar="FROM", help="print the test error of a run, or of a file of weights")
     args = parser.parse_args()
     try:
         if args.evaluate is None:
             resolve(args)
         else:
-            refuse_all_but("--evaluate --data --device --timeout")
+            of_a_file = "" if pathlib.Path(args.evaluate).is_dir() else " --layout --dataset --images --precision"
+            refuse_all_but("--evaluate --data --device --timeout" + of_a_file)
     except ValueError as error:
         checkpoint.fail(error)
     return args
@@ -220,6 +241,10 @@ def parse_flags():
 def resolve(args):
     """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(164, 1001))
+    if args.weights:
+        check_kind(args.begin[0], args.weights)
+        if args.fan_in:
+            raise ValueError("--fan-in goes without --weights, which are the net's initial ones")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
 

@@ -537,10 +537,12 @@ def image_batches(seed, n, batch_size, micro_batch, mine, iteration):
         iteration += 1
 
 
-def normalise(pixels, draws=None):
+def normalise(pixels, draws=None, scale=None):
     """Pixels (N, H, W, 3) as a net reads them, float (N, 3, H, W): minus the channels' mean, divided by their standard
-    deviation. Given the draws of `augmented`, the colours are changed first."""
+    deviation, or by the (mean, std) of RGB in 0 ... 1 that `scale` is. Given the draws of `augmented`, the colours are
+    changed first."""
     mean, std, grey, components = colours(pixels.device)
+    mean, std = scale or (mean, std)
     images = pixels.permute(0, 3, 1, 2).float() / 255
     if draws is None:
         return (images - mean) / std

@@ -4,6 +4,8 @@
     python imagenet_train.py --depth 50 --test 10-crop,multi-scale        # on one, in eight micro-batches of 32
     python imagenet_train.py --evaluate runs/imagenet-50-bottleneck-seed1 --test 1-crop-320
     python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
+    python imagenet_train.py --evaluate R-50.pkl --data DIR --test 1-crop,10-crop,multi-scale
+    python imagenet_train.py --weights FROM --data DIR --lr 0.01 --epochs 20    # begin from a net's weights
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
         --micro-batch 32
 
@@ -35,6 +37,7 @@ from training import (
     add_run_flags,
     add_unit_flags,
     at_least,
+    begun,
     check_recipe,
     classification,
     compile_units,
@@ -48,6 +51,8 @@ from training import (
     start,
 )
 from units import UNITS
+from weights import load as load_weights
+from weights import of_run
 
 DROPS = (1 / 3, 2 / 3)  # the learning rate is divided by 10 at epochs 30 and 60 of 90: [2] Section 5, [1] Fig. 4
 
@@ -55,6 +60,14 @@ IDENTITY = (  # the flags that make a run this run; any other may change when it
     "dataset depth unit unit_args augment crop epochs batch_size micro_batch lr seed precision"
 ).split()
 SETTINGS = "data workers device compile out checkpoint_seconds timeout".split()
+
+
+# Top-1 and top-5 errors (%) that github.com/KaimingHe/deep-residual-networks has for the authors' released nets
+RELEASED = {
+    50: {"1-crop": "24.7, 7.8", "10-crop": "22.9, 6.7"},
+    101: {"1-crop": "23.6, 7.1", "10-crop": "21.8, 6.1"},
+    152: {"1-crop": "23.0, 6.7", "10-crop": "21.4, 5.7"},
+}
 
 
 def lr_at(iteration, iterations, lr):
@@ -68,7 +81,8 @@ def evaluate(nets, images, protocol, crop, batch_size, workers, device):
     views and over the nets; of fewer than 6 classes top-1 alone. Every image counts once, whatever the number of
     processes.
 
-    nets: [(net, the Precision in which it computes)]. batch_size: how many views a net sees at once.
+    nets: [(net, the Precision in which it computes, (mean, std) of its input as data.normalise has them)].
+    batch_size: how many views a net sees at once.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     size = min(batch_size, math.ceil(len(images) / world))
@@ -79,7 +93,7 @@ def evaluate(nets, images, protocol, crop, batch_size, workers, device):
     view = functools.partial(data.test_views, protocol=protocol, crop=crop)
     flips = data.PROTOCOLS[protocol][-1]
     right = torch.zeros(2, dtype=torch.int64, device=device)
-    for net, _ in nets:
+    for net, _, _ in nets:
         net.eval()
     stream = load(images, view, data.test_batch, batches, workers, device)
     for _ in batches:
@@ -89,16 +103,16 @@ def evaluate(nets, images, protocol, crop, batch_size, workers, device):
         scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
         for pixels, rows in data.same_size(flat.to(device), views):
             for part, places in zip(pixels.split(size), rows.to(device).split(size), strict=True):
-                part = data.normalise(part)
-                for x in (part, part.flip(3)) if flips else (part,):
-                    for net, precision in nets:
+                for net, precision, scale in nets:
+                    upright = data.normalise(part, scale=scale)
+                    for x in (upright, upright.flip(3)) if flips else (upright,):
                         with precision, torch.compiler.set_stance("force_eager"):  # no graphs for these sizes
                             logits = net(x)
                         scores.index_add_(0, places, logits.double().softmax(dim=1))
         hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(device).unsqueeze(1)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
     dist.all_reduce(right)
-    for net, _ in nets:
+    for net, _, _ in nets:
         net.train()
     errors = [100 * (len(images) - n) / len(images) for n in right.tolist()]
     return dict(zip(("top1", "top5"), errors[: 1 if len(images.classes) < 6 else 2], strict=False))
@@ -109,7 +123,7 @@ def load(images, view, stack, batches, workers, device):
 
 
 @torch.inference_mode()
-def recompute_bn(net, images, n, args, iteration, workers, device):
+def recompute_bn(net, images, n, args, iteration, workers, device, scale=None):
     """BN's statistics as the true mean and variance over n training views, in whole micro-batches, as the authors did
     before they published their nets (github.com/KaimingHe/deep-residual-networks). The views are those that a run with
     the flags `args` would have trained on after an iteration."""
@@ -134,7 +148,7 @@ def recompute_bn(net, images, n, args, iteration, workers, device):
     with checkpoint.all_or_none():
         for pixels, draws, _ in load(images, view, data.train_batch, batches, workers, device):
             with precision:
-                net(data.normalise(pixels.to(device), draws.to(device)))
+                net(data.normalise(pixels.to(device), draws.to(device), scale))
     for hook in hooks:
         hook.remove()
     for layer, moment in zip(layers, moments, strict=True):
@@ -155,6 +169,7 @@ def train(args, device):
         if len(images.classes) < 6:
             del columns["val_top5"]
         identity = {name: getattr(args, name) for name in IDENTITY} | {"images": len(images)}
+        identity |= {"weights": args.weights_hash}
         run = checkpoint.Run(args.out, identity, columns)
         protocols = [name for name in args.test if not evaluated(args.out, name, iterations)]
         if run.result and run.result["diverged"]:
@@ -164,13 +179,16 @@ def train(args, device):
         return finish(run, run.result, columns, papers_errors(args, "1-crop"))
 
     with checkpoint.all_or_none(args.out):
-        torch.manual_seed(args.seed)
-        net = imagenet_resnet(args.depth, UNITS[args.unit], len(images.classes), **args.unit_args)
+        about = {name: 255 * torch.tensor(t).view(3, 1, 1) for name, t in (("mean", data.MEAN), ("std", data.STD))}
+        if args.weights:
+            net, about = begun(args, images.classes), args.begin[1]
+        else:
+            torch.manual_seed(args.seed)
+            net = imagenet_resnet(args.depth, UNITS[args.unit], len(images.classes), **args.unit_args)
         net.to(device, memory_format=torch.channels_last)
         if args.compile:
             compile_units(net)
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
-        about = {"classes": images.classes, "mean": mean, "std": std, "size": args.crop}
+        about = {"classes": images.classes, "mean": about["mean"], "std": about["std"], "size": args.crop}
         run.begin({name: getattr(args, name) for name in SETTINGS}, about)
         if run.result:
             state = run.load()
@@ -178,10 +196,10 @@ def train(args, device):
                 raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to evaluate")
             net.load_state_dict(state["model"])
 
-    precision = Precision(args.precision, device)
+    precision, scale = Precision(args.precision, device), scale_of(about, device)
 
     def test(protocol):
-        return evaluate([(net, precision)], val, protocol, args.crop, args.micro_batch, args.workers, device)
+        return evaluate([(net, precision, scale)], val, protocol, args.crop, args.micro_batch, args.workers, device)
 
     result = run.result or train_net(args, run, net, images, len(val), iterations, columns, about, test, device)
     if protocols and not result["diverged"]:
@@ -195,12 +213,12 @@ def train_net(args, run, net, images, evaluated, iterations, columns, about, tes
     evaluates. Returns the result."""
     rows, evaluations = rows_at(iterations, iterations * args.batch_size, evaluated)
     count = args.batch_size // args.micro_batch
-    own = range(count)[own_micro_batches(args)]
+    own, scale = range(count)[own_micro_batches(args)], scale_of(about, device)
 
     def micro_batches(draws):
         draws = [t.to(device, non_blocking=True) for t in draws]
         parts = zip(draws[0::3], draws[1::3], draws[2::3], strict=True)
-        return [(data.normalise(pixels, colours), labels) for pixels, colours, labels in parts]
+        return [(data.normalise(pixels, colours, scale), labels) for pixels, colours, labels in parts]
 
     training = Training(args, run, net, classification, micro_batches, iterations, len(images), columns, about, device)
     view = functools.partial(data.augmented, augment=args.augment, crop=args.crop, seed=args.seed)
@@ -282,41 +300,64 @@ def refuse_other_images(folder, count, classes):
     )
 
 
+def scale_of(about, device):
+    """The (mean, std) of a net's input, of RGB in 0 ... 1."""
+    return tuple(about[name].to(device) / 255 for name in ("mean", "std"))
+
+
 def check_classes(folder, classes, images):
-    """Raises ValueError when a run's classes are not those of the images."""
-    if classes != images.classes:
+    """Raises ValueError when the classes of a run are not those of the images, or those of a file are not as many."""
+    if classes != images.classes and (pathlib.Path(folder).is_dir() or len(classes) != len(images.classes)):
         ours, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
         raise ValueError(f"{folder} is of {ours} and the images of {theirs}")
 
 
+def check_kind(net, source):
+    """Raises ValueError when a net is none of ImageNet's."""
+    if net.stem[0].kernel_size != (7, 7):
+        raise ValueError(f"{source} is a net of CIFAR's kind: cifar_train.py takes it")
+
+
+def read_net(source, flags):
+    """(flags, iteration, net, about) of a run's folder; of a file of weights, whose flags are those of the command line
+    and iteration None."""
+    if pathlib.Path(source).is_dir():
+        args, state = checkpoint.read_run(source)
+        if "crop" not in args:
+            raise ValueError(f"{source} is no run of imagenet_train.py: evaluate it with the script that trained it")
+        about = of_run(source, vars(args), state)
+        net = imagenet_resnet(args.depth, UNITS[args.unit], len(about["classes"]), **args.unit_args)
+        net.load_state_dict(state["model"])
+        return args, state["iteration"], net, about
+    net, about = load_weights(source, flags.layout)
+    check_kind(net, source)
+    args = argparse.Namespace(**vars(flags) | {name: about[name] for name in ("depth", "unit", "unit_args")})
+    args.data, args.crop = args.data or "data/imagenet", about["size"]
+    return args, None, net, about
+
+
 def evaluate_runs(flags, device):
-    """Evaluate a run's checkpoint, or the average of several; net, data set and crop are those of their config.json."""
+    """Evaluate a run's checkpoint, or a file of weights, or the average of several; data set and crop are those of a
+    run's config.json, or of the command line and the file. Returns the exit status."""
     began = time.monotonic()
     with checkpoint.all_or_none(" or ".join(flags.evaluate)):
-        lacking = [run for run in flags.evaluate if not pathlib.Path(run, "config.json").exists()]
-        if lacking:
-            raise ValueError(f"there is no run in {', '.join(lacking)}")
-        runs = [checkpoint.read_run(folder) for folder in flags.evaluate]
-        for folder, (args, _) in zip(flags.evaluate, runs, strict=True):
-            if "crop" not in args:
-                raise ValueError(
-                    f"{folder} is no run of imagenet_train.py: evaluate it with the script that trained it"
-                )
-            if (args.dataset, args.crop) != (runs[0][0].dataset, runs[0][0].crop):
-                raise ValueError(f"{folder} and {flags.evaluate[0]} differ in data set or crop")
+        runs = [read_net(source, flags) for source in flags.evaluate]
+        args = runs[0][0]
+        for source, (other, _, _, _) in zip(flags.evaluate, runs, strict=True):
+            if (other.dataset, other.crop) != (args.dataset, args.crop):
+                raise ValueError(f"{source} and {flags.evaluate[0]} differ in data set or crop")
         place = args.dataset, flags.data or args.data
         val = data.imagenet_part(*place, "val", args.images)
         train_images = data.imagenet_part(*place, "train", args.images) if flags.recompute_bn else None
         nets = []
-        for folder, (args, state) in zip(flags.evaluate, runs, strict=True):
-            check_classes(folder, state["about"]["classes"] if "about" in state else state["classes"], val)
-            net = imagenet_resnet(args.depth, UNITS[args.unit], len(val.classes), **args.unit_args)
-            net.load_state_dict(state["model"])
+        for source, (other, _, net, about) in zip(flags.evaluate, runs, strict=True):
+            check_classes(source, about["classes"], val)
             net.to(device, memory_format=torch.channels_last)
-            nets.append((net, Precision(args.precision, device)))
-        out = pathlib.Path(flags.out or flags.evaluate[0])
-        out.mkdir(parents=True, exist_ok=True)
-        about = {"runs": flags.evaluate, "iterations": [state["iteration"] for _, state in runs]}
+            nets.append((net, Precision(other.precision, device), scale_of(about, device)))
+        out = flags.out or flags.evaluate[0]
+        if flags.out:
+            pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        about = {"runs": flags.evaluate, "iterations": [iteration for _, iteration, _, _ in runs]}
         about |= {"recompute_bn": flags.recompute_bn}
         before = (checkpoint.read_result(out) if flags.out else None) or about
         if any(before.get(name) != value for name, value in about.items()):
@@ -324,25 +365,28 @@ def evaluate_runs(flags, device):
 
     def write(path, content):
         with checkpoint.all_or_none():
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and pathlib.Path(out).is_dir():  # it may be a file of weights
                 checkpoint.write(path, content)
 
     def test(protocol):
         return evaluate(nets, val, protocol, args.crop, flags.batch_size, flags.workers, device)
 
     def papers(protocol):
-        return papers_errors(args, protocol) if len(runs) == 1 else ""
+        if len(runs) > 1:
+            return ""
+        published = RELEASED.get(args.depth, {}).get(protocol) if args.unit_args.get("caffe_pool") else None
+        return (f" (published for these weights: {published})" if published else "") + papers_errors(args, protocol)
 
     if flags.recompute_bn:
-        for (args, state), (net, _) in zip(runs, nets, strict=True):
-            recompute_bn(net, train_images, flags.recompute_bn, args, state["iteration"], flags.workers, device)
-    precisions = {"precision": ", ".join(dict.fromkeys(args.precision for args, _ in runs))}
+        for (other, iteration, net, _), (_, _, scale) in zip(runs, nets, strict=True):
+            recompute_bn(net, train_images, flags.recompute_bn, other, iteration, flags.workers, device, scale)
+    precisions = {"precision": ", ".join(dict.fromkeys(other.precision for other, _, _, _ in runs))}
     protocols = flags.test or ["1-crop"]
     errors = write_errors(out, protocols, test, len(val), about | precisions, write, papers)
     if flags.out:
         result = before | precisions | {"dataset": args.dataset, "diverged": False, **errors}
         result |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}
-        write(out / "result.json", checkpoint.as_json(result))
+        write(pathlib.Path(out, "result.json"), checkpoint.as_json(result))
     return 0
 
 
@@ -380,13 +424,18 @@ def parse_flags():
     protocols = ", ".join(data.PROTOCOLS)
     add("--test", metavar="PROTOCOL[,...]", help=f"at the end of training, or with --evaluate: {protocols}")
     add(
-        "--evaluate", nargs="+", metavar="RUN", help="evaluate a run as its flags say; of several the average, in --out"
+        "--evaluate",
+        nargs="+",
+        metavar="FROM",
+        help="evaluate a run as its flags say, or a file of weights; of several the average, in --out",
     )
     add("--recompute-bn", type=int, default=0, metavar="N", help="before, BN's statistics over N training images")
     args = parser.parse_args()
     try:
         if args.evaluate:
             own = "--evaluate --test --recompute-bn --data --device --workers --batch-size --out --timeout"
+            if not all(pathlib.Path(source).is_dir() for source in args.evaluate):
+                own = own.replace("--recompute-bn", "--layout --dataset --images --precision")
             refuse_all_but(own)
         resolve(args)
     except ValueError as error:
@@ -397,6 +446,8 @@ def parse_flags():
 def resolve(args):
     """Fill in what the flags leave open. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+    if args.weights:
+        check_kind(args.begin[0], args.weights)
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -412,6 +463,7 @@ def resolve(args):
         if args.out and pathlib.Path(args.out, "config.json").exists():
             raise ValueError(f"--out {args.out} is the folder of a training run: choose another for the evaluation")
         args.batch_size = 32 if args.batch_size is None else args.batch_size
+        args.images = 1000 if args.images is None else args.images
         at_least(args, batch_size=1, workers=0, recompute_bn=0)
         return
     if args.recompute_bn:

@@ -28,8 +28,6 @@ import weights
 def views_of(path, protocol, size):
     """The views of a picture, each (H, W, 3), and whether it was turned. Raises whatever reading it does."""
     with Image.open(path) as image:
-        if max(image.size) > 50 * min(image.size):
-            raise ValueError(f"of {image.width} x {image.height} pixels too little is left in any view")
         upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
         if protocol is None:
             return data.centre(*data.scaled(upright, size), size), upright is not image
@@ -98,7 +96,7 @@ def main():
     for picture in tqdm(found, total=len(args.pictures), unit="picture", disable=None if many else True):
         bad += "problem" in picture
         if "problem" in picture:
-            checkpoint.tell(f"{picture['picture']} cannot be read: {picture['problem']}")
+            checkpoint.print_error(f"{picture['picture']} cannot be read: {picture['problem']}")
         say(json.dumps(picture) if args.json else block(**picture))
     return 2 if bad else 0
 

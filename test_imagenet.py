@@ -488,7 +488,7 @@ BAD = [
     ("--depth 50 --unit basic", "depth 50 is impossible", "18, 34"),
     ("--test 5-crop", "there is no --test 5-crop", "1-crop, 1-crop-320, 10-crop, multi-scale"),
     ("--evaluate a b", "needs a folder of its own: --out", ""),
-    ("--evaluate a b --out c", "there is no run in a, b", ""),
+    ("--evaluate a b --out c", "there is no a", ""),
     ("--evaluate a --batch-size 0", "--batch-size must be at least 1", ""),
     ("--evaluate a --workers -1", "--workers must be at least 0", ""),
     ("--images 20", "--images goes with --dataset synthetic", ""),

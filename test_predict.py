@@ -105,7 +105,7 @@ def test_bad_pictures_are_named_and_the_others_predicted(cifar_file, tmp_path, m
     picture(cut, 300, 300)
     cut.write_bytes(cut.read_bytes()[:9000])
     (tmp_path / "text.png").write_text("no picture")
-    long = picture(tmp_path / "long.png", 5100, 100)
+    long = picture(tmp_path / "long.png", 5100, 50)
     bad = [cut, tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path, long]
     status, out, errors = main(monkeypatch, capsys, cifar_file, *bad[:2], good, *bad[2:], "--json")
     assert status == 2 and len(errors) == 5

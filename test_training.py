@@ -500,7 +500,7 @@ BAD = [
     ("--dataset mnist", "--dataset", "cifar100"),
     ("--dept 20", "--dept", ""),
     ("--dataset synthetic --images 10 --val-split 10", "--val-split 10 leaves nothing", ""),
-    ("--evaluate nowhere", "there is no run in nowhere", ""),
+    ("--evaluate nowhere", "there is no nowhere", ""),
 ]
 
 
@@ -567,7 +567,7 @@ def test_a_run_folder_that_cannot_be_trusted(start, tmp_path):
             assert status == 2 and "Traceback" not in printed, content
     (run / "config.json").write_text(config.replace('"depth": 8', '"depth": 14'))
     status, printed = start("--evaluate", "run")
-    assert status == 2 and "run does not fit this code" in printed
+    assert status == 2 and "run does not fit" in printed
     (run / "config.json").write_text(config)
     (run / "result.json").write_text('{"diverged": false}')
     status, printed = start(*words)

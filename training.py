@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 import checkpoint
 from units import UNITS, arguments
+from weights import LAYOUTS, digest
+from weights import load as load_weights
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # [1] Sections 3.4 and 4.2
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
@@ -223,6 +225,20 @@ def rows_at(iterations, trained, evaluated):
 
 class Diverged(Exception):
     """A loss, a weight, a running statistic or a momentum is not finite."""
+
+
+def begun(args, classes):
+    """The net of --weights for classes of these names. Another number of them needs a new fc, as it is said."""
+    net, about = args.begin
+    if len(about["classes"]) != len(classes):
+        torch.manual_seed(args.seed)
+        net.fc = torch.nn.Linear(net.fc.in_features, len(classes))
+        torch.nn.init.zeros_(net.fc.bias)
+        print_line(f"{args.weights} has {len(about['classes'])} classes: the fc for {len(classes)} begins anew")
+    elif about["classes"] != classes:
+        names = " and ".join(f"{names[0]} ... {names[-1]}" for names in (about["classes"], classes))
+        print_line(f"the fc of {args.weights} stays, though the names of its {len(classes)} classes differ: {names}")
+    return net
 
 
 class Training:
@@ -511,6 +527,10 @@ def add_unit_flags(parser, depths, bottlenecks):
     parser.add_argument(
         "--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable"
     )
+    parser.add_argument(
+        "--weights", metavar="FROM", help="begin from a run's net or a file of weights (docs/weights.md)"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="what FROM cannot tell; see weights.py --help")
 
 
 def add_run_flags(parser, checkpoint_seconds):
@@ -530,17 +550,33 @@ def add_run_flags(parser, checkpoint_seconds):
     add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
 
 
+def given():
+    """The flags on the command line."""
+    return [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+
+
 def refuse_all_but(names):
     """Raises ValueError when the command line has other flags than these: with --evaluate the run's folder decides."""
-    given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    wrong = [flag for flag in given if flag not in names.split()]
+    wrong = [flag for flag in given() if flag not in names.split()]
     if wrong:
         raise ValueError(f"--evaluate goes without {', '.join(wrong)}: the run's own config.json decides")
 
 
 def resolve_unit(args, bottlenecks, **defaults):
     """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
-    Raises ValueError on a contradiction."""
+    With --weights they are the file's, and args.begin what load_weights gives. Raises ValueError on a contradiction."""
+    if args.layout and not (args.weights or args.evaluate):
+        raise ValueError("--layout goes with --weights")
+    args.begin, args.weights_hash = None, None
+    if args.weights:
+        args.begin = _, about = load_weights(args.weights, args.layout)
+        args.weights_hash = digest(*args.begin)
+        for flag in ("depth", "unit"):
+            if f"--{flag}" in given() and getattr(args, flag) != about[flag]:
+                raise ValueError(f"--{flag} {getattr(args, flag)} contradicts --weights, a net of {flag} {about[flag]}")
+            setattr(args, flag, about[flag])
+        if args.unit_arg:
+            raise ValueError(f"--unit-arg {args.unit_arg[0]} goes without --weights, whose net has its own arguments")
     if args.unit is None:
         args.unit = ("bottleneck" if args.depth in bottlenecks else "basic") + ("-preact" if args.preact else "")
     if args.unit not in UNITS:
@@ -563,6 +599,8 @@ def resolve_unit(args, bottlenecks, **defaults):
             possible = False
         if not possible:
             raise ValueError(f"--unit-arg {word}: {name} is {'true or false' if kind is bool else 'a number'}")
+    if args.weights:
+        args.unit_args |= about["unit_args"]
     del args.unit_arg
 
 

@@ -8,6 +8,7 @@ In Python: net, about = weights.load(path). Nothing that a file holds is ever ex
 """
 
 import argparse
+import hashlib
 import io
 import json
 import pathlib
@@ -63,7 +64,9 @@ def load(path, layout=None):
     try:
         usual = usual_layout(state)
         if layout is None and usual != "ours":
-            checkpoint.tell(f"{path}: taken for layout {usual} ({LAYOUTS[usual][0]}); --layout NAME is for another")
+            checkpoint.print_error(
+                f"{path}: taken for layout {usual} ({LAYOUTS[usual][0]}); --layout NAME is for another"
+            )
         layout = layout or usual
         if layout != "ours":
             about = foreign(state, layout)
@@ -94,7 +97,7 @@ def load(path, layout=None):
 def read(path):
     """({name: tensor}, about or None) of a run's folder or a file. Raises ValueError."""
     if path.is_dir():
-        flags, state = read_run(path)
+        flags, state = checkpoint.read_run(path)
         return state["model"], of_run(path, vars(flags), state)
     try:
         if path.suffix == ".safetensors":
@@ -179,15 +182,6 @@ def plain_names(state):
         if not name.endswith(("num_batches_tracked", "_momentum")):
             plain[name] = tensor
     return plain
-
-
-def read_run(folder):
-    """(flags, state) of a run."""
-    path = pathlib.Path(folder, "config.json")
-    state = checkpoint.load(folder) if path.exists() else None
-    if state is None:
-        raise ValueError(f"{folder} holds no run with a checkpoint")
-    return argparse.Namespace(**checkpoint.read_json(path)), state
 
 
 def of_run(path, flags, state):
@@ -335,6 +329,14 @@ def pad_at_the_end(net, weights):
             for name in ("conv2.weight", "bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var"):
                 weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order]
     weights["fc.weight"] = weights["fc.weight"][:, order]
+
+
+def digest(net, about):
+    """A hash of all that a training begun from `load`'s result depends on, but for the unit and its arguments."""
+    found = hashlib.sha256()
+    for tensor in (*net.state_dict().values(), about["mean"], about["std"]):
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()
 
 
 # Weights out

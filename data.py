@@ -457,7 +457,7 @@ def load_views(images, view, stack, batches, workers, device, start_worker):
     try:
         for number in range(workers):
             own = itertools.islice(batches, number, None, workers)
-            process, pipe = fork_worker(number, start_worker, make, own, pipes.values())
+            process, pipe = fork_worker(number, start_worker, make, own)
             pipes[process] = pipe
         for pipe in itertools.cycle(pipes.values()):
             batch = receive(pipe, pinned)
@@ -480,20 +480,16 @@ def load_views(images, view, stack, batches, workers, device, start_worker):
                 os.waitpid(process, 0)
 
 
-def fork_worker(number, start_worker, make, batches, pipes):
+def fork_worker(number, start_worker, make, batches):
     """Fork a process that sends make(keys) for each batch of keys, or why it cannot be made, and nothing at the end.
-    Returns its process id and the pipe to read from.
-
-    pipes: of the workers before it. It closes them, so that they break, which ends those workers, when the parent dies.
-    """
+    Returns its process id and the pipe to read from. When its parent dies the pipe breaks, which ends it too."""
     reading, writing = map(open, os.pipe(), ("rb", "wb"))
     process = os.fork()
     if process:
         writing.close()
         return process, reading
     try:
-        for pipe in (reading, *pipes):
-            pipe.close()
+        reading.close()
         torch.set_num_threads(1)
         start_worker(number)
         try:

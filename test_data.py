@@ -45,7 +45,8 @@ def test_draws_are_a_pure_function_of_seed_and_epoch():
     draws = data.epoch_draws(1, 0, 100, "cpu").clone()
     data.epoch_draws.cache_clear()
     assert torch.equal(draws, data.epoch_draws(1, 0, 100, "cpu"))
-    assert draws[0].sort().values.tolist() == list(range(100))
+    rng = np.random.default_rng((1, 0))
+    assert draws.tolist() == [rng.permutation(100).tolist(), *(rng.integers(0, n, 100).tolist() for n in (9, 9, 2))]
     for row, values in zip(draws[1:], (range(9), range(9), range(2)), strict=True):
         assert set(row.tolist()) == set(values)
     others = [data.epoch_draws(seed, epoch, 100, "cpu") for seed, epoch in ((1, 1), (2, 0), (0, 1))]
@@ -134,7 +135,8 @@ def test_cifar100(tmp_path, monkeypatch):
     assert torch.equal(test_images, torch.from_numpy(raw["test"]).view(3, 3, 32, 32))
     assert images.dtype == torch.uint8 and images.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [90, 91, 92, 93, 94, 95, 96] and test_labels.tolist() == [90, 91, 92]
-    assert [part.tolist() for part in data.load_cifar("cifar100", tmp_path, 2)[1::2]] == [[90, 91], [90, 91]]
+    limited = data.load_cifar("cifar100", tmp_path, 2)
+    assert all(map(torch.equal, limited, (images[:2], labels[:2], test_images[:2], test_labels[:2])))
     assert data.class_names("cifar100", tmp_path) == [f"name{i}" for i in range(100)]
     assert len(data.class_names("synthetic", None)) == data.CLASSES["synthetic"]
     for name in ("train", "meta"):
@@ -197,13 +199,17 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
             assert words in str(error.value)
 
 
-def test_synthetic_is_learnable_and_the_same_at_every_call():
+def test_synthetic_is_learnable_and_the_same_at_every_call(monkeypatch):
     images, labels, test_images, test_labels = data.synthetic_cifar(2000, 1000)
     assert images.dtype == torch.uint8 and images.shape == (2000, 3, 32, 32) and labels.bincount().min() > 100
     assert all(map(torch.equal, (images, labels), data.synthetic_cifar(2000, 1000)))
     means = torch.stack([images[labels == c].float().mean(dim=0) for c in range(10)])
     nearest = torch.cdist(test_images.float().flatten(1), means.flatten(1)).argmin(dim=1)
     assert (nearest == test_labels).float().mean() > 0.9
+    blocks = images.unfold(2, 4, 4).unfold(3, 4, 4).int()  # of one colour, but for noise that never wraps around
+    assert (blocks.amax(dim=(-2, -1)) - blocks.amin(dim=(-2, -1))).max() == 32
+    monkeypatch.setattr(data, "synthetic_cifar", lambda *sizes: sizes)
+    assert data.load_cifar("synthetic", None) == (50_000, 10_000) and data.load_cifar("synthetic", None, 7) == (7, 7)
 
 
 # ImageNet: reading and views
@@ -287,6 +293,33 @@ def test_scale_aspect_is_the_torch_codes():
     long = photograph(400, 100)
     fallback = data.scale_aspect(long, 64, Widest(np.random.PCG64(0)))
     assert near(fallback, long.resize((256, 64), Image.BICUBIC).crop((96, 0, 160, 64)))
+    fitting = photograph(200, 150)  # of the widest shape: a crop may be the whole image
+    whole = data.scale_aspect(fitting, 64, Widest(np.random.PCG64(0)))
+    assert near(whole, fitting.resize((64, 64), Image.BICUBIC))
+
+
+def test_what_is_decoded_at_a_reduced_size_is_never_enlarged(tmp_path, monkeypatch):
+    """A view is computed from at least as many pixels as it has, wherever the picture has them."""
+    photograph().save(tmp_path / "large.jpg")
+    resize, reduced = data.resize, []
+
+    def checked(pixels, height, width):
+        assert pixels.shape[0] >= height and pixels.shape[1] >= width
+        return resize(pixels, height, width)
+
+    def decoded(image, ratio):
+        pixels = decode(image, ratio)
+        reduced.append(round(375 / pixels.shape[0]))
+        return pixels
+
+    decode = data.decode
+    monkeypatch.setattr(data, "resize", checked)
+    monkeypatch.setattr(data, "decode", decoded)
+    for seed in range(30):
+        data.scale_aspect(Image.open(tmp_path / "large.jpg"), 30 + seed, np.random.default_rng(seed))
+    for crop in (12, 30, 64):
+        data.test_views(Image.open(tmp_path / "large.jpg"), 0, "multi-scale", crop)
+    assert {*reduced[:-3]} == {2, 4, 8} and reduced[-3:] == [8, 4, 2]
 
 
 def test_a_view_is_a_pure_function_of_seed_epoch_and_index():
@@ -412,6 +445,8 @@ def test_synthetic_images_are_learnable_and_the_same_at_every_call():
     stack = [torch.stack([torch.from_numpy(np.array(s.open(i))) for i in range(len(s))]).float() for s in (train, val)]
     again = data.load_imagenet("synthetic", None, 200)[0].open(7)
     assert torch.equal(stack[0][7], torch.from_numpy(np.array(again)).float())
+    assert torch.cdist(stack[1].flatten(1), stack[0].flatten(1)).min() > 100  # no image is in both
+    assert [len(images) for images in data.load_imagenet("synthetic", None, 6)] == [6, 2]
     means = torch.stack([stack[0][train.labels == c].mean(dim=0).flatten() for c in range(10)])
     nearest = torch.cdist(stack[1].flatten(1), means).argmin(dim=1)
     assert (nearest.numpy() == val.labels).mean() > 0.9
@@ -495,9 +530,9 @@ def test_listing_is_image_folders_without_hidden_files(tmp_path, capsys, monkeyp
     from torchvision.datasets import ImageFolder
 
     names = ["b/2.JPEG", "b/10.jpg", "b/a-b/1.png", "b/a/z.webp", "b/a/c/0.tiff", "B/x.JPG", "a b/1.ppm", "b/a.b/0.bmp"]
-    touch(tmp_path, *names, "é/a.pgm")
+    touch(tmp_path, *names, *(f"é/{i * 7 % 11}.pgm" for i in range(11)))
     ours, theirs = data.ImageFiles(tmp_path), ImageFolder(tmp_path)
-    assert [(ours.name(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples and len(ours) == 9
+    assert [(ours.name(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples and len(ours) == 19
     assert ours.classes == theirs.classes == ["B", "a b", "b", "é"] and capsys.readouterr().err == ""
     hidden = ["b/._2.JPEG", "b/.cache/1.jpg", "b/a/.thumbnails/deep/1.png", ".ipynb_checkpoints/0.jpg", "._0.jpg"]
     touch(tmp_path, *hidden, "b/.DS_Store")
@@ -507,7 +542,8 @@ def test_listing_is_image_folders_without_hidden_files(tmp_path, capsys, monkeyp
     touch(tmp_path, "b/boxes.txt", "b/a/y.gif", "README.txt")  # the last is in no class
     for rank in "0", "1":
         monkeypatch.setenv("RANK", rank)
-        assert data.ImageFiles(tmp_path).names.tolist() == ours.names.tolist()
+        again = data.ImageFiles(tmp_path)
+        assert again.names.tolist() == ours.names.tolist() and again.labels.tolist() == ours.labels.tolist()
         said = f"{tmp_path}: 2 files are left out, as they are not named like pictures: {tmp_path}/b/a/y.gif, ...\n"
         assert capsys.readouterr().err == (said if rank == "0" else "")
 
@@ -535,7 +571,7 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
     for path in (tmp_path / "val").glob("*.JPEG"):
         path.unlink()
     data.load_imagenet("imagenet", tmp_path)
-    touch(tmp_path, "val/n9/.0.JPEG")
+    touch(tmp_path, "val/n9/.0.JPEG", "val/n9/list.txt")
     refused(f"{tmp_path}/val/n9 holds no pictures", "remove it if it is not a class")
     touch(tmp_path, "val/n9/0.jpg")
     refused(f"{tmp_path}: 1 classes are not in both train and val: n9 is only in val")
@@ -619,7 +655,7 @@ def batches_of(n, size=3):
 
 
 @pytest.mark.parametrize("workers", (0, 1, 2, 5))
-def test_any_number_of_workers_makes_the_same_batches(workers):
+def test_any_number_of_workers_makes_the_same_batches(workers, monkeypatch):
     """Of training and test views, of a list and a generator, in order; of one that never ends what is asked for."""
     images = data.load_imagenet("synthetic", None, 8)[0]
     train, test = view_of(data.augmented, "scale-aspect", 32, 1), view_of(data.test_views, "multi-scale", 32)
@@ -642,8 +678,10 @@ def test_any_number_of_workers_makes_the_same_batches(workers):
     loader = data.load_views(Numbers(), identity, tuple, stream, workers, CPU, ignore)
     views = [view for batch in itertools.islice(loader, 7) for view in batch]
     assert views == [((index + 20, (epoch, index + 20)), (index + 20) % 7) for epoch, index in keys]
+    kill, killed = os.kill, []
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append(number) or kill(process, number))
     loader.close()
-    assert childless()
+    assert childless() and killed == [signal.SIGKILL] * workers  # one that hangs heeds nothing else
 
 
 @pytest.mark.parametrize("workers", (0, 1, 3))
@@ -747,10 +785,10 @@ def test_batches_for_a_gpu_are_pinned(monkeypatch, device, workers):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(True) or tensor)
     monkeypatch.setattr(torch, "empty", recorded)
-    stack = lambda views: (torch.arange(4), "more", torch.zeros(2, 0))  # noqa: E731
+    stack = lambda views: (torch.arange(4).view(2, 2).T, "more", torch.zeros(2, 0))  # noqa: E731
     loader = data.load_views(Numbers(), identity, stack, batches_of(3), workers, torch.device(device), ignore)
     ((numbers, more, nothing),) = loader
-    assert numbers.tolist() == [0, 1, 2, 3] and more == "more" and nothing.shape == (2, 0)
+    assert numbers.tolist() == [[0, 2], [1, 3]] and more == "more" and nothing.shape == (2, 0)
     assert pinned == [device == "cuda"] * 2
 
 

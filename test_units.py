@@ -86,6 +86,8 @@ def test_shapes_and_attributes(name, stride):
     preact = {"relu-preact": "relu", "preact": "bn-relu", "preact-raw-shortcut": "bn-relu"}
     assert unit.preact == preact.get(name.partition("-")[2])
     assert not any(layer.bias is not None for layer in on_branch)
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert layers and all((layer.eps, layer.momentum, layer.affine) == (1e-5, 0.1, True) for layer in layers)
     assert on_branch[0].stride == (stride, stride) and all(layer.stride == (1, 1) for layer in on_branch[1:])
 
 
@@ -164,9 +166,8 @@ def test_unit_arguments_arrive():
     assert isinstance(units.Basic(4, 8, option="B").shortcut, nn.Sequential)
     with pytest.raises(ValueError, match="A, B or C, not 'D'"):
         units.Basic(4, 8, option="D")
-    assert units.arguments(units.BasicConstantScaling) == {
-        "option": "A", "shortcut_scale": 0.5, "residual_scale": 0.5
-    }  # fmt: skip
+    scaling = {"option": "A", "shortcut_scale": 0.5, "residual_scale": 0.5}
+    assert list(units.arguments(units.BasicConstantScaling).items()) == list(scaling.items())
     gating = {"option": "B", "stride_on_3x3": False, "gate_bias": -6.0, "gate_bn": False}
     assert units.arguments(units.BottleneckShortcutGating) == gating
     assert units.arguments(units.BasicPlain) == units.arguments(units.BottleneckConvShortcut) == {}
@@ -226,6 +227,11 @@ def test_preactivation_shortcuts(name):
             assert torch.equal(module(x), h + module.residual(a))
     if unit.preact == "bn-relu":  # [2] appendix: no BN on the projection, the next unit's BN does it
         assert isinstance(unit(8, 16, 2, option="B").shortcut, nn.Conv2d)
+
+
+@pytest.mark.parametrize("name", ("basic-bn-after-add", "bottleneck-bn-after-add"))
+def test_no_bn_on_the_projection_before_bn_after_addition(name):
+    assert isinstance(UNITS[name](4, 8, 2, option="B").shortcut, nn.Conv2d)
 
 
 @pytest.mark.parametrize("name", [name for name in UNITS if UNITS[name].preact == "bn-relu"])

@@ -30,12 +30,12 @@ from training import (
     add_run_flags,
     add_unit_flags,
     at_least,
-    begun,
     check_recipe,
     classification,
     compile_units,
     finish,
     own_micro_batches,
+    pretrained_net,
     print_line,
     refuse_all_but,
     resolve_unit,
@@ -101,9 +101,9 @@ def train(args, device):
         mean, std = data.normalisation(images, args.recipe)
         classes = data.class_names(args.dataset, args.data)
         if args.weights:
-            mean, std = (args.begin[1][name].to(device) for name in ("mean", "std"))
+            mean, std = (args.pretrained[1][name].to(device) for name in ("mean", "std"))
             mean = mean.expand(3, 32, 32)
-        net = begun(args, classes) if args.weights else new_net(args)
+        net = pretrained_net(args, classes) if args.weights else new_net(args)
         net.to(device, memory_format=torch.channels_last)
         if args.compile:
             compile_units(net)
@@ -242,7 +242,7 @@ def resolve(args):
     """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(164, 1001))
     if args.weights:
-        check_kind(args.begin[0], args.weights)
+        check_kind(args.pretrained[0], args.weights)
         if args.fan_in:
             raise ValueError("--fan-in goes without --weights, which are the net's initial ones")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option

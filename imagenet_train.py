@@ -37,13 +37,13 @@ from training import (
     add_run_flags,
     add_unit_flags,
     at_least,
-    begun,
     check_recipe,
     classification,
     compile_units,
     finish,
     own_micro_batches,
     peak_memory,
+    pretrained_net,
     print_line,
     refuse_all_but,
     resolve_unit,
@@ -181,7 +181,7 @@ def train(args, device):
     with checkpoint.all_or_none(args.out):
         about = {name: 255 * torch.tensor(t).view(3, 1, 1) for name, t in (("mean", data.MEAN), ("std", data.STD))}
         if args.weights:
-            net, about = begun(args, images.classes), args.begin[1]
+            net, about = pretrained_net(args, images.classes), args.pretrained[1]
         else:
             torch.manual_seed(args.seed)
             net = imagenet_resnet(args.depth, UNITS[args.unit], len(images.classes), **args.unit_args)
@@ -447,7 +447,7 @@ def resolve(args):
     """Fill in what the flags leave open. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
     if args.weights:
-        check_kind(args.begin[0], args.weights)
+        check_kind(args.pretrained[0], args.weights)
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import relu
 
 import models
+import training
 import units
 from units import UNITS
 
@@ -402,7 +403,7 @@ def test_flatten_keeps_values_and_strides():
     net = models.cifar_resnet(8, units.BasicConvShortcut).to(memory_format=torch.channels_last)
     settle(net).float()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    shared, running = models.flatten(net)
+    shared, running = training.flatten(net)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert len(shared) == count(net) + len(running) + 2
     assert len(running) == sum(b.numel() for b in net.buffers())

@@ -227,9 +227,9 @@ class Diverged(Exception):
     """A loss, a weight, a running statistic or a momentum is not finite."""
 
 
-def begun(args, classes):
+def pretrained_net(args, classes):
     """The net of --weights for classes of these names. Another number of them needs a new fc, as it is said."""
-    net, about = args.begin
+    net, about = args.pretrained
     if len(about["classes"]) != len(classes):
         torch.manual_seed(args.seed)
         net.fc = torch.nn.Linear(net.fc.in_features, len(classes))
@@ -564,13 +564,13 @@ def refuse_all_but(names):
 
 def resolve_unit(args, bottlenecks, **defaults):
     """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
-    With --weights they are the file's, and args.begin what load_weights gives. Raises ValueError on a contradiction."""
+    With --weights they are the file's, and args.pretrained what load_weights gives. Raises ValueError on a contradiction."""
     if args.layout and not (args.weights or args.evaluate):
         raise ValueError("--layout goes with --weights")
-    args.begin, args.weights_hash = None, None
+    args.pretrained, args.weights_hash = None, None
     if args.weights:
-        args.begin = _, about = load_weights(args.weights, args.layout)
-        args.weights_hash = digest(*args.begin)
+        args.pretrained = _, about = load_weights(args.weights, args.layout)
+        args.weights_hash = digest(*args.pretrained)
         for flag in ("depth", "unit"):
             if f"--{flag}" in given() and getattr(args, flag) != about[flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)} contradicts --weights, a net of {flag} {about[flag]}")

@@ -96,13 +96,13 @@ def train(args, device):
 
     with checkpoint.all_or_none():
         sets = load_sets(args)
-        images, labels = (t.to(device) for t in sets.pop("train"))
-        sets = {name: [t.to(device) for t in pair] for name, pair in sets.items()}
-        mean, std = data.normalisation(images, args.recipe)
-        classes = data.class_names(args.dataset, args.data)
+        mean, std = data.normalisation(sets["train"][0], args.recipe)
         if args.weights:
-            mean, std = (args.pretrained[1][name].to(device) for name in ("mean", "std"))
-            mean = mean.expand(3, 32, 32)
+            mean, std = args.pretrained[1]["mean"].expand(3, 32, 32), args.pretrained[1]["std"]
+        mean, std = mean.to(device), std.to(device)
+        sets = {name: [t.to(device) for t in pair] for name, pair in sets.items()}
+        images, labels = sets.pop("train")
+        classes = data.class_names(args.dataset, args.data)
         net = pretrained_net(args, classes) if args.weights else new_net(args)
         net.to(device, memory_format=torch.channels_last)
         if args.compile:

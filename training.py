@@ -564,7 +564,8 @@ def refuse_all_but(names):
 
 def resolve_unit(args, bottlenecks, **defaults):
     """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
-    With --weights they are the file's, and args.pretrained what load_weights gives. Raises ValueError on a contradiction."""
+    With --weights they are the file's, and args.pretrained is the file's net and what is known about it. Raises
+    ValueError on a contradiction."""
     if args.layout and not (args.weights or args.evaluate):
         raise ValueError("--layout goes with --weights")
     args.pretrained, args.weights_hash = None, None

@@ -29,6 +29,7 @@ from training import (
     Training,
     add_run_flags,
     add_unit_flags,
+    add_weights_flags,
     at_least,
     check_recipe,
     classification,
@@ -39,6 +40,7 @@ from training import (
     print_line,
     refuse_all_but,
     resolve_unit,
+    resolve_weights,
     rows_at,
     start,
 )
@@ -208,6 +210,7 @@ def parse_flags():
     )
     group = parser.add_argument_group("the net")
     add_unit_flags(group, (20, "20, 32, 44, 56, 110, 164, 1001, 1202, ..."), "bottleneck at 164 and 1001, else basic")
+    add_weights_flags(group)
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=data.CLASSES, default="cifar10", help="synthetic needs no download (default cifar10)")
     add("--data", metavar="DIR", help="where cifar-10-batches-py is, or will be (default data)")
@@ -241,6 +244,7 @@ def parse_flags():
 def resolve(args):
     """Fill in what the flags leave to the recipe and the unit. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(164, 1001))
+    resolve_weights(args)
     if args.weights:
         check_kind(args.pretrained[0], args.weights)
         if args.fan_in:

@@ -36,6 +36,7 @@ from training import (
     Training,
     add_run_flags,
     add_unit_flags,
+    add_weights_flags,
     at_least,
     check_recipe,
     classification,
@@ -47,6 +48,7 @@ from training import (
     print_line,
     refuse_all_but,
     resolve_unit,
+    resolve_weights,
     rows_at,
     start,
 )
@@ -397,6 +399,7 @@ def parse_flags():
     )
     group = parser.add_argument_group("the net")
     add_unit_flags(group, (50, "18, 34, 50, 101, 152, 200"), "basic at 18 and 34, else bottleneck")
+    add_weights_flags(group)
     add = parser.add_argument_group("the data").add_argument
     add(
         "--dataset",
@@ -446,6 +449,7 @@ def parse_flags():
 def resolve(args):
     """Fill in what the flags leave open. Raises ValueError on a contradiction."""
     resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+    resolve_weights(args)
     if args.weights:
         check_kind(args.pretrained[0], args.weights)
     with torch.device("meta"):  # raises ValueError for an impossible depth or option

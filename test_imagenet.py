@@ -457,7 +457,7 @@ def test_an_ensemble_computes_each_net_in_its_own_precision(world_of_one, monkey
         net.fc.register_forward_hook(
             lambda fc, x, y, name=name: seen.append((name, y.dtype, torch.backends.cuda.matmul.allow_tf32))
         )
-        nets.append((net, training.Precision(name, device)))
+        nets.append((net, training.Precision(name, device), None))
     imagenet_train.evaluate(nets, images, "1-crop", 32, 2, 0, device)
     expected = [("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("float32", torch.float32, False)]
     assert len(seen) == 3 and seen == expected

@@ -629,7 +629,7 @@ def test_evaluating_an_unnamed_run_is_not_training(start):
     status, printed = start(*TINY, "--out", "afile")
     assert status == 2 and "afile is a file, and a run needs a folder" in printed
     status, printed = start("--evaluate", "afile")
-    assert status == 2 and "there is no run in afile" in printed
+    assert status == 2 and "afile holds no weights" in printed
 
 
 def test_without_git(start, monkeypatch):

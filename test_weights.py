@@ -14,12 +14,15 @@ import torchvision
 from torch import nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d, linear, max_pool2d, pad, relu
 
+import cifar_train
 import data
+import imagenet_train
 import models
 import units
 import weights
+from conftest import HERE
 
-HERE = pathlib.Path(__file__).parent
+SCRIPT = cifar_train  # what `start` runs
 
 
 def filled(net, seed=1):
@@ -449,3 +452,137 @@ def test_hub_from_another_folder(tmp_path, monkeypatch):
     assert isinstance(net, nn.Module) and about["depth"] == 8
     with pytest.raises(ValueError, match="choose from basic, "):
         torch.hub.load(str(HERE), "cifar_resnet", unit="block", source="local")
+
+
+# --weights and --evaluate in the training scripts
+
+CIFAR = "--dataset synthetic --images 40 --batch-size 8 --iterations 3 --device cpu --out run".split()
+IMAGENET = (
+    "--dataset synthetic --images 10 --crop 32 --batch-size 8 --micro-batch 8 --epochs 1 --workers 0 --device cpu"
+)
+IMAGENET = [*IMAGENET.split(), "--out", "run"]
+
+
+def test_cifar_run_that_begins_from_weights(start, tmp_path, monkeypatch):
+    """At a learning rate that changes nothing, the run's net is the file's, with the file's input; the run's
+    own file does not begin it, and another file begins another run."""
+    net, input_of = small_run(tmp_path / "before")
+    words = [*CIFAR, "--lr", "1e-30", "--weights"]
+    status, printed = start(*words, "before")
+    assert status == 0 and "the fc of before stays, though the names of its 10 classes differ: a ... j and " in printed
+    after, about = weights.load("run")
+    assert all((p - q).abs().max() < 1e-20 for p, q in zip(net.parameters(), after.parameters(), strict=True))
+    assert torch.equal(about["mean"], input_of["mean"]) and about["unit"] == "basic-preact" and about["depth"] == 8
+    weights.save(*weights.load("before"), "before.pth")
+    status, printed = start(*words, "before.pth")
+    assert status == 0 and "already finished" in printed  # the same weights
+    status, printed = start(*words, "run")
+    assert status == 2 and "--weights is " in printed
+    status, printed = start(*words[:-1])
+    assert status == 2 and "--depth is 8 there and 20 here" in printed
+
+
+def test_imagenet_run_that_begins_with_another_fc(start, tmp_path):
+    """The normalisation and pooling of the authors' nets go on in the run that begins from one of 3 classes."""
+    with torch.device("meta"):
+        net = filled(models.imagenet_resnet(18, units.Basic, 3, caffe_pool=True))
+    about = {"depth": 18, "unit": "basic", "unit_args": {"option": "B", "caffe_pool": True}, "classes": [*"xyz"]}
+    weights.save(net, about | {"size": 224} | weights.grey_levels(*weights.LAYOUTS["msra"][1:]), tmp_path / "a.pth")
+    status, printed = start(*IMAGENET, "--lr", "1e-30", "--weights", "a.pth", script=imagenet_train)
+    assert status == 0 and "a.pth has 3 classes: the fc for 10 begins anew" in printed
+    after, about = weights.load("run")
+    assert about["unit_args"] == {"option": "B", "caffe_pool": True} and about["size"] == 32
+    assert torch.allclose(about["mean"].flatten(), torch.tensor([122.7717, 115.9465, 102.9801]))
+    pairs = [*zip(net.parameters(), after.parameters(), strict=True)]
+    assert (
+        all((p - q).abs().max() < 1e-20 for p, q in pairs[:-2])
+        and after.fc.out_features == 10
+        and after.fc.bias.abs().max() < 1e-20
+    )
+    status, printed = start("--evaluate", "run", "--workers", 0, "--device", "cpu", script=imagenet_train)
+    errors = json.loads(pathlib.Path("run", "1-crop.json").read_text())
+    row = pathlib.Path("run", "log.csv").read_text().splitlines()
+    assert status == 0 and errors["top1"] == float(
+        dict(zip(row[0].split(","), row[-1].split(","), strict=True))["val_top1"]
+    )
+
+
+def test_a_file_is_evaluated_as_its_run(start, tmp_path):
+    small_run(
+        tmp_path / "run", dataset="synthetic", images=40, val_split=0, recipe="paper", precision="float32", iterations=9
+    )
+    weights.save(*weights.load("run"), "alone.pth")
+    _, of_run = start("--evaluate", "run", "--device", "cpu")
+    status, of_file = start("--evaluate", "alone.pth", "--dataset", "synthetic", "--images", 40, "--device", "cpu")
+    assert status == 0 and of_run.startswith("run: test error ") and of_run.endswith(" after 7 of 9 iterations\n")
+    assert of_file == of_run.replace("run:", "alone.pth:").replace(" after 7 of 9 iterations", "")
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_file_under_the_papers_protocols(released, start, tmp_path):
+    """The authors' own nets stand beside what they published and the paper, others' beside the paper. Of a net that
+    knows its input, its logits and errors are those of its own normalisation."""
+    with torch.device("meta"):
+        net = filled(models.imagenet_resnet(50, units.Bottleneck, 10, caffe_pool=released))
+    about = {
+        "depth": 50,
+        "unit": "bottleneck",
+        "unit_args": {"option": "B"} | ({"caffe_pool": True} if released else {}),
+    }
+    about |= {"classes": [*"abcdefghij"], "size": 32} | weights.grey_levels((0.1, 0.2, 0.3), (0.01, 0.02, 0.03))
+    weights.save(net, about, tmp_path / "net.pth")
+    words = "--evaluate net.pth --dataset synthetic --images 20 --workers 0 --device cpu --test 1-crop,10-crop".split()
+    status, printed = start(*words, script=imagenet_train)
+    val, hits = data.imagenet_part("synthetic", None, "val", 20), 0
+    for i in range(len(val)):
+        (pixels,) = data.test_views(val.open(i), i, "1-crop", 32)
+        logits = net((pixels.permute(2, 0, 1)[None].float() - about["mean"]) / about["std"])
+        hits += int(logits.argmax() == val.labels[i])
+    first, second = printed.splitlines()
+    assert status == 0 and f"1-crop top-1 error {100 - 100 * hits / len(val):.2f} %" in first
+    assert ("(published for these weights: 24.7, 7.8)" in first) == released
+    assert second.endswith(
+        " (published for these weights: 22.9, 6.7)" * released + " (the paper, all of ImageNet: 22.85, 6.71)"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth"]
+
+
+def test_weights_that_contradict(start, tmp_path):
+    small_run(tmp_path / "before")
+    with torch.device("meta"):
+        net = filled(models.imagenet_resnet(18, units.Basic, 10))
+    about = {"depth": 18, "unit": "basic", "unit_args": {"option": "B"}, "classes": [*"abcdefghij"], "size": 32}
+    weights.save(net, about | weights.grey_levels(data.MEAN, data.STD), tmp_path / "large.pth")
+    cifar = [
+        ("--weights before --depth 14", "--depth contradicts --weights: before is basic-preact, depth 8"),
+        ("--weights before --unit basic", "--unit contradicts --weights"),
+        ("--weights before --unit-arg option=B", "goes without --weights"),
+        ("--weights before --fan-in", "--fan-in goes without --weights"),
+        ("--weights large.pth", "imagenet_train.py takes it"),
+        ("--evaluate large.pth", "imagenet_train.py takes it"),
+        ("--weights nowhere", "there is no nowhere"),
+        ("--layout msra", "--layout goes with --weights"),
+        ("--weights before --layout msra", "begins with conv1_w"),
+        ("--evaluate before/checkpoint.pt --dataset cifar100", "10 classes, as --dataset cifar100 has not"),
+    ]
+    imagenet = [
+        ("--weights before", "cifar_train.py takes it"),
+        ("--evaluate before/checkpoint.pt", "cifar_train.py takes it"),
+        ("--weights large.pth --preact", "--preact contradicts --weights: large.pth is basic, depth 18"),
+        ("--evaluate large.pth --recompute-bn 8", "--evaluate goes without --recompute-bn"),
+        ("--evaluate before --layout ours", "--evaluate goes without --layout"),
+    ]
+    for script, cases in ((cifar_train, cifar), (imagenet_train, imagenet)):
+        for words, message in cases:
+            status, printed = start(*words.split(), "--device", "cpu", script=script)
+            assert status == 2 and message in printed and "Traceback" not in printed, printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "large.pth"]
+
+
+def test_a_file_of_another_count_of_classes(start, tmp_path):
+    with torch.device("meta"):
+        net = filled(models.imagenet_resnet(18, units.Basic, 3))
+    about = {"depth": 18, "unit": "basic", "unit_args": {"option": "B"}, "classes": [*"abc"], "size": 32}
+    weights.save(net, about | weights.grey_levels(data.MEAN, data.STD), tmp_path / "a.pth")
+    status, printed = start("--evaluate", "a.pth", "--dataset", "synthetic", "--device", "cpu", script=imagenet_train)
+    assert status == 2 and "a.pth is of 3 classes (a ... c) and the images of 10 classes (class0 ... class9)" in printed

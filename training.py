@@ -527,6 +527,10 @@ def add_unit_flags(parser, depths, bottlenecks):
     parser.add_argument(
         "--unit-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the unit; repeatable"
     )
+
+
+def add_weights_flags(parser):
+    """Add to an argparse group the flags that name a net by its weights."""
     parser.add_argument(
         "--weights", metavar="FROM", help="begin from a run's net or a file of weights (docs/weights.md)"
     )
@@ -564,20 +568,7 @@ def refuse_all_but(names):
 
 def resolve_unit(args, bottlenecks, **defaults):
     """Fill in --unit, --preact and the arguments of the unit: bottlenecks at those depths, defaults unlike its own.
-    With --weights they are the file's, and args.pretrained is the file's net and what is known about it. Raises
-    ValueError on a contradiction."""
-    if args.layout and not (args.weights or args.evaluate):
-        raise ValueError("--layout goes with --weights")
-    args.pretrained, args.weights_hash = None, None
-    if args.weights:
-        args.pretrained = _, about = load_weights(args.weights, args.layout)
-        args.weights_hash = digest(*args.pretrained)
-        for flag in ("depth", "unit"):
-            if f"--{flag}" in given() and getattr(args, flag) != about[flag]:
-                raise ValueError(f"--{flag} {getattr(args, flag)} contradicts --weights, a net of {flag} {about[flag]}")
-            setattr(args, flag, about[flag])
-        if args.unit_arg:
-            raise ValueError(f"--unit-arg {args.unit_arg[0]} goes without --weights, whose net has its own arguments")
+    Raises ValueError on a contradiction."""
     if args.unit is None:
         args.unit = ("bottleneck" if args.depth in bottlenecks else "basic") + ("-preact" if args.preact else "")
     if args.unit not in UNITS:
@@ -600,9 +591,29 @@ def resolve_unit(args, bottlenecks, **defaults):
             possible = False
         if not possible:
             raise ValueError(f"--unit-arg {word}: {name} is {'true or false' if kind is bool else 'a number'}")
-    if args.weights:
-        args.unit_args |= about["unit_args"]
     del args.unit_arg
+
+
+def resolve_weights(args):
+    """With --weights, after resolve_unit: load them into args.pretrained = (net, about), and make the flags that name a net
+    those of this one. Raises ValueError on a contradiction."""
+    args.pretrained = args.weights_hash = None
+    if args.layout and not (args.weights or args.evaluate):
+        raise ValueError("--layout goes with --weights")
+    if not args.weights:
+        return
+    if "--unit-arg" in given():
+        raise ValueError("--unit-arg goes without --weights, whose net has its arguments")
+    args.pretrained = _, about = load_weights(args.weights, args.layout)
+    args.weights_hash = digest(*args.pretrained)
+    preact = UNITS[about["unit"]].preact == "bn-relu"
+    for flag, value in (("depth", about["depth"]), ("unit", about["unit"]), ("preact", preact)):
+        if f"--{flag}" in given() and getattr(args, flag) != value:
+            raise ValueError(
+                f"--{flag} contradicts --weights: {args.weights} is {about['unit']}, depth {about['depth']}"
+            )
+        setattr(args, flag, value)
+    args.unit_args = arguments(UNITS[args.unit]) | about["unit_args"]
 
 
 def at_least(args, **minima):

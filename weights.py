@@ -126,7 +126,7 @@ def read(path):
             f"{path} is damaged, or holds more than tensors and plain values; nothing of it was executed"
         ) from None
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} holds no weights, or is damaged: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path} holds no weights, or is damaged ({type(error).__name__} {error})") from None
 
 
 class Arrays(pickle.Unpickler):

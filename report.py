@@ -51,14 +51,14 @@ SHORT = {
 # Reading
 
 METRICS = {"test_error": "test error %", "val_top1": "1-crop top-1", "val_top5": "1-crop top-5"}
-METRICS |= {"train_loss": "training loss"}
+METRICS |= {"map_11point": "mAP (11-point)", "map_area": "mAP (area)", "train_loss": "training loss"}
 TOPS = {"top1": "top-1", "top5": "top-5"}  # no top-5 where there are fewer than 6 classes
 PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # when a row has runs of several, its cells show the first
 
 
 def read_run(folder):
-    """A run's result, its "log", its "responses", and its "values": errors in % by the metrics of paper/tables.csv, and
-    "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong with the folder."""
+    """A run's result, its "log", its "responses", and its "values": errors and mAP in % by the metrics of
+    paper/tables.csv, and "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong with the folder."""
     try:
         run = json.loads((folder / "result.json").read_text("utf-8"))
         average = "runs" in run  # of several nets: it has no log, and evaluations are its only values
@@ -445,6 +445,7 @@ def draw_run(folder):
     run = {"log": read_log(folder)}
     error = {"train_error": ("training", "C7"), "test_error": ("test", "C0"), "val_error": ("validation", "C1")}
     panels = {"error, %": error | {"val_top1": ("validation, top-1", "C0")}}
+    panels |= {"mAP, %": {"map_11point": ("test, 11-point", "C0"), "map_area": ("test, area", "C1")}}
     panels |= {"top-5 error, %": {"val_top5": ("validation, top-5", "C2")}, "loss": {"train_loss": ("training", "C7")}}
     panels = {label: lines for label, lines in panels.items() if any(points(run, quantity) for quantity in lines)}
     figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + 2.4 * len(panels)), sharex=True, squeeze=False)
@@ -495,7 +496,8 @@ def page(rows, others, problems):
     for run in others:
         name = run["folder"].relative_to(RESULTS).as_posix()
         settings = (str(run.get(key)) for key in ("dataset", "depth", "unit", "iterations"))
-        lines.append((f"[{name}]({name})", *settings, ours([run], next(iter(run["values"]), ""))))
+        metric = next(iter(run["values"]), "")
+        lines.append((f"[{name}]({name})", *settings, ours([run], metric) + (f", {metric}" if "mAP" in metric else "")))
     if others:
         lines = markdown("| folder | dataset | depth | unit | iterations | test error, % |", lines)
         text += "\n".join(["\n## Other runs\n", *lines, ""])

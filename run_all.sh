@@ -124,6 +124,11 @@ rows="
 2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
 
+# [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), which should be high. The weights of
+# VGG-16 are torchvision's: download.pytorch.org/models/vgg16-397923af.pth (VOC 2012's test set has no public labels)
+1-table7                             73.2       1      voc/vgg16                                --vgg --weights vgg16-397923af.pth
+1-table7                             76.4       1      voc/101                                  --weights imagenet/101/seed1
+
 # Open choices: what the papers do not say, done the other way (ResNet-110)
 open                                 8.70       5      cifar10/110-exclusive-gating-6-gate-bn   --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6 --unit-arg gate_bn=true
 open                                 6.37       5      cifar10/110-preact-raw-shortcut          --depth 110 --unit basic-preact-raw-shortcut
@@ -242,16 +247,19 @@ command_of() { # sets a run's name, its paper and tags, and `command`, the words
     read -r name paper tags flags <<<"${runs[$1]}"
     command=(python cifar_train.py)
     [[ $name != imagenet/* ]] || command=("${launch[@]}" imagenet_train.py)
+    [[ $name != voc/* ]] || command=("${launch[@]}" detection_train.py)
+    [[ -z $smoke || $name != voc/* ]] || flags= # no weights are there yet
     for word in $flags; do
         [[ $word != imagenet/*/seed* ]] || word=$results/$word
         [ -z "$smoke" ] || word=${word/%seed2/seed1}
         command+=("$word")
     done
     if [[ $flags != *--evaluate* ]]; then
-        command+=(--seed "${name##*/seed}" $smoke)
+        command+=(--seed "${name##*/seed}")
         [ -z "$smoke" ] || case $name in
-            imagenet/*) command+=(--images 16 --crop 32 --epochs 1 --workers 0) ;;
-            *) command+=(--images 64 --depth 20 --iterations 4) ;;
+            voc/*) command+=(--dataset synthetic --images 8 --iterations 2 --workers 0) ;;
+            imagenet/*) command+=($smoke --images 16 --crop 32 --epochs 1 --workers 0) ;;
+            *) command+=($smoke --images 64 --depth 20 --iterations 4) ;;
         esac
     fi
     command+=(--out "$results/$name")
@@ -318,7 +326,7 @@ run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed 
         [ -z "$smoke" ] || echo "  $name" >>"$failed"
         return
     }
-    [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = imagenet/*) ]] ||
+    [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = @(imagenet|voc)/*) ]] ||
         export CUDA_VISIBLE_DEVICES=${gpus[((i - 1) * jobs + $2) % ${#gpus[@]}]}
     if [ -z "$smoke" ]; then
         echo "$name (the paper: $paper): $(quoted "${command[@]}")"

@@ -71,9 +71,10 @@ def lr_at(iteration, args):
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, mean, std, precision, batch_size=250):
+def evaluate(net, images, labels, mean, std, precision, batch_size=None):
     """The error (%) on images (N, 3, 32, 32), each counted once, whatever the number of processes."""
     net.eval()
+    batch_size = batch_size or (1000 if images.is_cuda else 250)
     rank, world = dist.get_rank(), dist.get_world_size()
     wrong = torch.zeros((), dtype=torch.int64, device=images.device)
     for first in range(0, len(images), batch_size * world):

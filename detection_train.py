@@ -40,6 +40,7 @@ from training import (
     at_least,
     check_recipe,
     classification,
+    cores_of_a_process,
     finish,
     flatten,
     mix,
@@ -334,7 +335,7 @@ def parse_flags():
     add("--train", choices=("07+12", "07"), default="07+12", help="VOC's trainval sets of these years (default 07+12)")
     add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
     add("--short", type=int, metavar="N", help="the shorter side; all sizes scale along (default 600; synthetic 128)")
-    add("--workers", type=int, metavar="N", help="processes that decode images (default: the cores of a process)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
     add("--iterations", type=int, metavar="N", help="the drop scales along (default 80000; synthetic 600)")
     add("--batch-size", type=int, metavar="N", help="images a step (default 2; synthetic 8)")
@@ -356,8 +357,7 @@ def parse_flags():
 
 def resolve(args):
     """Fill in what the flags leave to the recipe. Raises ValueError on a contradiction."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.workers = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1) if args.workers is None else args.workers
+    args.workers = max(cores_of_a_process() - 2, 1) if args.workers is None else args.workers
     at_least(args, workers=0, draw=0)
     if args.evaluate is not None:
         return

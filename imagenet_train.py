@@ -41,6 +41,7 @@ from training import (
     check_recipe,
     classification,
     compile_units,
+    cores_of_a_process,
     finish,
     own_micro_batches,
     peak_memory,
@@ -84,7 +85,7 @@ def evaluate(nets, images, protocol, crop, batch_size, workers, device):
     processes.
 
     nets: [(net, the Precision in which it computes, (mean, std) of its input as data.normalise has them)].
-    batch_size: how many views a net sees at once.
+    batch_size: how many views of crop x crop pixels a net sees at once.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     size = min(batch_size, math.ceil(len(images) / world))
@@ -104,7 +105,8 @@ def evaluate(nets, images, protocol, crop, batch_size, workers, device):
             flat, views, labels = next(stream)
         scores = torch.zeros(len(labels), len(images.classes), dtype=torch.float64, device=device)
         for pixels, rows in data.same_size(flat.to(device), views):
-            for part, places in zip(pixels.split(size), rows.to(device).split(size), strict=True):
+            most = max(1, size * crop**2 // (pixels.shape[1] * pixels.shape[2]))  # of large views fewer fit in memory
+            for part, places in zip(pixels.split(most), rows.to(device).split(most), strict=True):
                 for net, precision, scale in nets:
                     upright = data.normalise(part, scale=scale)
                     for x in (upright, upright.flip(3)) if flips else (upright,):
@@ -201,7 +203,8 @@ def train(args, device):
     precision, scale = Precision(args.precision, device), scale_of(about, device)
 
     def test(protocol):
-        return evaluate([(net, precision, scale)], val, protocol, args.crop, args.micro_batch, args.workers, device)
+        at_once = 128 if device.type == "cuda" else args.micro_batch
+        return evaluate([(net, precision, scale)], val, protocol, args.crop, at_once, args.workers, device)
 
     result = run.result or train_net(args, run, net, images, len(val), iterations, columns, about, test, device)
     if protocols and not result["diverged"]:
@@ -371,7 +374,8 @@ def evaluate_runs(flags, device):
                 checkpoint.write(path, content)
 
     def test(protocol):
-        return evaluate(nets, val, protocol, args.crop, flags.batch_size, flags.workers, device)
+        at_once = flags.batch_size or (128 if device.type == "cuda" else 32)
+        return evaluate(nets, val, protocol, args.crop, at_once, flags.workers, device)
 
     def papers(protocol):
         if len(runs) > 1:
@@ -415,10 +419,15 @@ def parse_flags():
     add("--augment", choices=data.AUGMENT, default="scale", help="scale is the papers' (default scale)")
     add("--crop", type=int, default=224, metavar="N", help="pixels; every size scales along (default 224)")
     add("--images", type=int, metavar="N", help="how many synthetic ones to train on (default 1000)")
-    add("--workers", type=int, metavar="N", help="processes that decode images (default: the cores of a process)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
     add("--epochs", type=int, default=90, metavar="N", help="the drops scale along (default 90)")
-    add("--batch-size", type=int, metavar="N", help="images a step (default 256); with --evaluate at once (32)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images a step (default 256); to evaluate at once (32, on a GPU 128)",
+    )
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default an 8th of the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
@@ -454,9 +463,7 @@ def resolve(args):
         check_kind(args.pretrained[0], args.weights)
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         imagenet_resnet(args.depth, UNITS[args.unit], **args.unit_args)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = max(cores // processes, 1) if args.workers is None else args.workers
+    args.workers = max(cores_of_a_process() - 2, 1) if args.workers is None else args.workers
     args.test = args.test.split(",") if args.test else []
     for protocol in args.test:
         if protocol not in data.PROTOCOLS:
@@ -466,9 +473,10 @@ def resolve(args):
             raise ValueError("--evaluate of several runs needs a folder of its own: --out DIR")
         if args.out and pathlib.Path(args.out, "config.json").exists():
             raise ValueError(f"--out {args.out} is the folder of a training run: choose another for the evaluation")
-        args.batch_size = 32 if args.batch_size is None else args.batch_size
         args.images = 1000 if args.images is None else args.images
-        at_least(args, batch_size=1, workers=0, recompute_bn=0)
+        at_least(args, workers=0, recompute_bn=0)
+        if args.batch_size is not None:
+            at_least(args, batch_size=1)
         return
     if args.recompute_bn:
         raise ValueError("--recompute-bn goes with --evaluate")

@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from warnings import warn
 
 import numpy as np
@@ -123,6 +124,9 @@ class Precision:
 def compile_units(net):
     """Compile a net's units in place, each by itself: units of one class and shape share a graph, so that there are as
     few at depth 1001 as at 20. Raises ValueError where torch.compile does not work, such as without a C++ compiler."""
+    from torch._inductor import config  # a second's import
+
+    config.compile_threads = min(config.compile_threads, cores_of_a_process())
     torch._dynamo.config.recompile_limit = 64  # beyond it units would run uncompiled without a word
     try:
         torch.compile(torch.exp)(torch.zeros(1, device=net.fc.weight.device))
@@ -133,36 +137,40 @@ def compile_units(net):
             unit.compile(dynamic=False)
 
 
-def graphed(iterate, draws, state, reason=None):
+def graphed(iterate, draws, state, reason=None, timeout=600):
     """Captures one iteration as a CUDA graph: launching 2,000 kernels one by one takes longer than running them.
 
     iterate: a function of draws, a list of tensors of constant shapes. state: the tensors that it changes; the warm-up
     before a capture changes them too, so they are put back. With a reason why there can be no graph, or where the
     capture fails, it says so and returns `iterate` itself. That a capture is legal no GPU has confirmed yet.
+    timeout: seconds that a replay waits for the one before the last, as NCCL's watchdog does not see what is captured.
     """
-    static = [t.to(state[0].device, copy=True) for t in draws]
-    before, side, graph = [t.detach().clone() for t in state], torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    try:
+    if not reason:
+        static, before = [t.to(state[0].device, copy=True) for t in draws], [t.detach().clone() for t in state]
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(0 if reason else 3):
+        with torch.cuda.stream(side):  # which a capture that fails would not leave
+            for _ in range(3):
                 iterate(static)
+            try:  # NCCL's own thread may go on meanwhile
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    iterate(static)
+            except RuntimeError as error:
+                reason = str(error.__context__ or error)  # what broke the capture, rather than that it broke
         torch.cuda.synchronize()
-        if not reason:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
-                iterate(static)
-    except RuntimeError as error:
-        reason = str(error.__context__ or error)  # what broke the capture, rather than that it broke
-    torch.cuda.synchronize()
-    with torch.no_grad():
-        torch._foreach_copy_(state, before)
+        with torch.no_grad():
+            torch._foreach_copy_(state, before)
     if reason:
         print_line(f"each kernel is launched by itself, without a CUDA graph: {reason}")
         return iterate
     ends = [torch.cuda.Event(), torch.cuda.Event()]  # of the iteration before the last, and of the last
 
     def replay(draws):
-        ends[0].synchronize()  # the host is two iterations ahead at most, so that a stop does not wait for more
+        until = time.monotonic() + timeout
+        while not ends[0].query():  # the host is two iterations ahead at most, so that a stop does not wait for more
+            if time.monotonic() > until:
+                raise dist.DistError(f"an iteration has not ended in {timeout} s")
+            time.sleep(1e-4)
         for buffer, t in zip(static, draws, strict=True):
             buffer.copy_(t, non_blocking=True)
         graph.replay()
@@ -181,6 +189,12 @@ def own_micro_batches(args):
     """Which of an iteration's micro-batches are this process's, as a slice."""
     count, rank, world = args.batch_size // args.micro_batch, dist.get_rank(), dist.get_world_size()
     return slice(rank * count // world, (rank + 1) * count // world)
+
+
+def cores_of_a_process():
+    """How many of the machine's cores each of the processes on it has for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
 
 
 def peak_memory(device):
@@ -415,7 +429,8 @@ class Training:
         self.generator.manual_seed(mix(self.args.seed, self.iteration, dist.get_rank()))  # for dropout
         if not self.is_graph:
             reason = "fp16" if self.args.precision == "fp16" else "dropout" if "dropout" in self.args.unit else None
-            self.compute, self.is_graph = graphed(self.compute, draws, self.changing(), reason), True
+            self.compute = graphed(self.compute, draws, self.changing(), reason, self.args.timeout)
+            self.is_graph = True
         self.compute(draws)
         self.sums[:2] += self.shared[-2:]
         if self.iteration >= self.iterations - self.tail:
@@ -491,25 +506,29 @@ def start(work, args):
         if dist.get_rank() == 0:
             checkpoint.print_error(f"{stopped}: stopped; what has been saved stays")
         return stopped.status
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         return status_of(error)
     finally:
         checkpoint.end_processes()
 
 
 def status_of(error):
-    """The exit status after an error that is no fault of this code, with a message; raises any other again."""
-    text = str(error) or type(error).__name__
+    """The exit status after an error that is no fault of this code, with a message; raises any other again. Of several
+    processes this one ends at once: to leave their group it would wait for the others, which wait for it."""
+    text, alone = str(error) or type(error).__name__, not dist.is_initialized() or dist.get_world_size() == 1
     if checkpoint.is_lost(error):
         checkpoint.print_error(f"process {dist.get_rank()} lost another one, which died or does not answer: {text}")
-        os._exit(1)  # at once: leaving the group would wait for that process
+        os._exit(1)
     if checkpoint.stop.asked and isinstance(error, torch._dynamo.exc.TorchDynamoException):  # Ctrl-C hit its compiler
         checkpoint.print_error(f"{signal.Signals(checkpoint.stop.asked).name}: what was saved before stays")
         return 128 + checkpoint.stop.asked
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "bad_alloc" in text:
         checkpoint.print_error(f"out of memory: {text}. A smaller --micro-batch or --batch-size needs less")
-        return 2
-    raise error
+        return 2 if alone else os._exit(2)
+    if alone:
+        raise error
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 # Flags that the experiments share, and their checks

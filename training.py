@@ -614,8 +614,8 @@ def resolve_unit(args, bottlenecks, **defaults):
 
 
 def resolve_weights(args):
-    """With --weights, after resolve_unit: load them into args.pretrained = (net, about), and make the flags that name a net
-    those of this one. Raises ValueError on a contradiction."""
+    """With --weights, after resolve_unit: load them into args.pretrained = (net, about), and make the flags that name a
+    net those of this one. Raises ValueError on a contradiction."""
     args.pretrained = args.weights_hash = None
     if args.layout and not (args.weights or args.evaluate):
         raise ValueError("--layout goes with --weights")

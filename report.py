@@ -58,7 +58,8 @@ PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # when a row has runs of sever
 
 def read_run(folder):
     """A run's result, its "log", its "responses", and its "values": errors and mAP in % by the metrics of
-    paper/tables.csv, and "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong with the folder."""
+    paper/tables.csv, and "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong
+    with the folder."""
     try:
         run = json.loads((folder / "result.json").read_text("utf-8"))
         average = "runs" in run  # of several nets: it has no log, and evaluations are its only values

@@ -41,18 +41,9 @@ from torchvision import transforms
 import checkpoint
 import cifar_train
 import data
+from flags import at_least
 from models import cifar_resnet, imagenet_resnet
-from training import (
-    PRECISIONS,
-    Precision,
-    at_least,
-    classification,
-    compile_units,
-    flatten,
-    graphed,
-    peak_memory,
-    sgd,
-)
+from training import PRECISIONS, Precision, classification, compile_units, flatten, graphed, peak_memory, sgd
 from training import step as training_step
 from units import UNITS
 

@@ -23,24 +23,26 @@ import torch.distributed as dist
 
 import checkpoint
 import data
-from models import cifar_resnet
-from training import (
-    Precision,
-    Training,
+from flags import (
     add_run_flags,
     add_unit_flags,
     add_weights_flags,
     at_least,
     check_recipe,
+    pretrained_net,
+    refuse_all_but,
+    resolve_unit,
+    resolve_weights,
+)
+from models import cifar_resnet
+from training import (
+    Precision,
+    Training,
     classification,
     compile_units,
     finish,
     own_micro_batches,
-    pretrained_net,
     print_line,
-    refuse_all_but,
-    resolve_unit,
-    resolve_weights,
     rows_at,
     start,
 )

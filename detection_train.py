@@ -32,13 +32,10 @@ import checkpoint
 import data
 import detection
 import weights
+from flags import add_run_flags, add_unit_flags, at_least, check_recipe, refuse_all_but, resolve_unit
 from training import (
     Precision,
     Training,
-    add_run_flags,
-    add_unit_flags,
-    at_least,
-    check_recipe,
     classification,
     cores_of_a_process,
     finish,
@@ -46,8 +43,6 @@ from training import (
     mix,
     own_micro_batches,
     print_line,
-    refuse_all_but,
-    resolve_unit,
     rows_at,
     sgd,
     start,

@@ -331,7 +331,7 @@ def test_a_run_and_its_folder(start, tmp_path):
         assert difference in printed
     assert "--data " not in printed and before == {path: path.read_bytes() for path in run.iterdir()}
 
-    state = torch.load(run / "checkpoint.pt", weights_only=True)  # README: five lines to rebuild a net and predict
+    state = torch.load(run / "checkpoint.pt", weights_only=True)  # the folder is enough to rebuild the net and predict
     net = models.cifar_resnet(config["depth"], units.UNITS[config["unit"]], **config["unit_args"])
     net.load_state_dict(state["model"])
     images, labels = data.load_cifar("synthetic", None, 40)[2:]

@@ -688,8 +688,7 @@ def test_learning_rate(flags):
     assert (args.short, args.roi, args.regions, args.width) == (600, 14, 64, 64)
     points = (0, 59_999, 60_000, 79_999)
     assert [detection_train.lr_at(t, args) for t in points] == [0.001, 0.001, 0.0001, 0.0001]
-    args = flags("--vgg", "--weights", "vgg16.pth")
-    assert (args.unit, args.roi, args.short) == ("vgg", 7, 600)
+    assert flags("--dataset", "synthetic", "--lr", 0.5).lr == 0.5
 
 
 TINY = (
@@ -809,6 +808,10 @@ def test_weights_of_vgg(start, monkeypatch):
     torch.save(resnet().state_dict(), "other.pth")
     status, printed = start(*words, "--weights", "other.pth", "--out", "another")
     assert status == 2 and "other.pth is no file of torchvision's vgg16" in printed
+    net = models.cifar_resnet(8, units.Basic)
+    about = {"classes": [f"class {c}" for c in range(10)], "size": 32, "depth": 8, "unit": "basic"}
+    weights.save(net, about | {"unit_args": {"option": "A"}} | weights.grey_levels(data.MEAN, data.STD), "cifar.pth")
+    assert "cifar.pth is a net of CIFAR's kind" in start(*TINY, "--weights", "cifar.pth")[1]
 
 
 def test_a_folder_of_ones_own(start, quick, monkeypatch, tmp_path):
@@ -833,9 +836,9 @@ BAD = [
     ("--draw -1", "--draw must be at least 0"),
     ("--workers -1", "--workers must be at least 0"),
     ("--depth 19", "depth 19 is impossible"),
-    ("--vgg", "--vgg needs --weights"),
-    ("--vgg --weights x --depth 50", "--depth: the weights say which net it is"),
-    ("--weights x --preact", "--preact: the weights say which net it is"),
+    ("--vgg", "--vgg goes with --weights"),
+    ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
+    ("--vgg --weights nowhere.pth", "nowhere.pth is no file of torchvision's vgg16"),
     ("--compile", "--compile: images have many sizes"),
     ("--weights nowhere.pth --dataset synthetic --images 1", "there is no nowhere.pth"),
     ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),

@@ -32,7 +32,16 @@ import checkpoint
 import data
 import detection
 import weights
-from flags import add_run_flags, add_unit_flags, at_least, check_recipe, refuse_all_but, resolve_unit
+from flags import (
+    add_run_flags,
+    add_unit_flags,
+    add_weights_flags,
+    at_least,
+    check_recipe,
+    refuse_all_but,
+    resolve_unit,
+    resolve_weights,
+)
 from training import (
     Precision,
     Training,
@@ -159,7 +168,7 @@ def train(args, device):
     with checkpoint.all_or_none(args.out):
         torch.manual_seed(args.seed)
         normal = weights.grey_levels(data.MEAN, data.STD)
-        net, about = args.begin or (detection.classifier(args, len(images.classes)), normal)
+        net, about = args.pretrained or (detection.classifier(args, len(images.classes)), normal)
         about = {name: about[name] for name in normal} | {"classes": images.classes, "size": args.short}
         run.begin({name: getattr(args, name) for name in SETTINGS}, about)
         begun = run.load() is not None
@@ -306,9 +315,9 @@ def parse_flags():
     )
     group = parser.add_argument_group("the net")
     add_unit_flags(group, (101, "18, 34, 50, 101, 152, 200"), "basic at 18 and 34, else bottleneck")
-    add = group.add_argument
+    add_weights_flags(group)
     parser.set_defaults(depth=None)
-    add("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
+    group.add_argument("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=RECIPES, default="voc", help="synthetic needs none (default voc)")
     add("--data", metavar="DIR", help="where VOCdevkit is, or will be; or a folder in VOC's layout (default data)")
@@ -349,11 +358,12 @@ def resolve(args):
     vars(args).update({name: value for name, value in recipe.items() if getattr(args, name, None) is None})
     args.data, args.micro_batch = args.data or "data", 1  # BN is fixed: images that share a step do not meet
     if args.vgg:
-        args.depth, args.unit, args.unit_args, args.begin = 16, "vgg", {}, load_vgg(args.weights)
-        args.weights_hash = weights.digest(*args.begin)
+        args.depth, args.unit, args.unit_args, args.pretrained = 16, "vgg", {}, load_vgg(args.weights)
+        args.weights_hash = weights.digest(*args.pretrained)
     else:
         resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
-        if args.weights and args.begin[0].stem[0].kernel_size != (7, 7):
+        resolve_weights(args)
+        if args.pretrained and args.pretrained[0].stem[0].kernel_size != (7, 7):
             raise ValueError(f"{args.weights} is a net of CIFAR's kind, and a detector is made of one of ImageNet's")
         with torch.device("meta"):  # raises ValueError for an impossible depth or option
             detection.classifier(args, 1)

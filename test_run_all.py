@@ -16,9 +16,9 @@ import pytest
 import cifar_train
 import data
 import detection_train
+import flags
 import imagenet_train
 import models
-import training
 import units
 import weights
 
@@ -146,7 +146,7 @@ def test_every_detection_row_is_a_command_that_parses(parse, monkeypatch):
     begin = models.imagenet_resnet(18, units.Basic), {"depth": 18, "unit": "basic", "unit_args": {}}
     begin[1].update(weights.grey_levels(data.MEAN, data.STD))
     monkeypatch.setattr(detection_train, "load_vgg", lambda path: begin)
-    monkeypatch.setattr(training, "load_weights", lambda path, layout: begin)
+    monkeypatch.setattr(flags, "load_weights", lambda path, layout: begin)
     for line in listed("1-table7", SEEDS="1"):
         name, _, *command = line.split()
         assert command[:2] == ["python", "detection_train.py"]

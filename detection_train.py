@@ -295,8 +295,7 @@ def evaluate_run(flags, device):
         _, images = data.load_detection(args.dataset, flags.data or args.data, args.train, args.images)
         if images.classes != state["about"]["classes"]:
             raise ValueError(f"{folder} is of {', '.join(args.classes)} and the images of {', '.join(images.classes)}")
-        net = detection.detector(args, state["about"])
-        net.load_state_dict(state["model"])
+        net = detection.of_run(args, state)
     net.to(device, memory_format=torch.channels_last)
     found, aps, maps = evaluate(net, images, Precision(args.precision, device), flags.workers, device)
     with checkpoint.all_or_none():

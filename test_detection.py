@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import pathlib
+import re
 import signal
 import sys
 
@@ -23,6 +24,7 @@ import data
 import detection
 import detection_train
 import models
+import predict
 import units
 import weights
 from conftest import start_workers
@@ -676,6 +678,26 @@ def test_drawing():
     assert drawn[21:40, 12:80].any()  # its name
     found[0]["scores"] *= 0.1
     assert torch.equal(detection.draw(pixels, found[0], ["dog", "cat"]), pixels)
+
+
+def test_objects_in_pictures(start, quick, tmp_path):
+    """predict.py on a run: printed, as JSON, and drawn; a picture that cannot be read costs the others nothing."""
+    assert start(*TINY, "--images", 2, "--iterations", 1, "--out", "run")[0] == 0
+    state = checkpoint.load("run")
+    for name in ("cls.weight", "box.weight", "box.bias"):
+        state["model"][name].zero_()
+    state["model"]["cls.bias"].copy_(torch.tensor([0.0, 0, 0, 9, 0, 0]))  # everything is a ring
+    torch.save(state, "run/checkpoint.pt")
+    data.Shapes(1, 0).open(0).save("a.png")
+    pathlib.Path("b.jpg").write_text("none")
+    status, printed = start("run", "a.png", "b.jpg", "--device", "cpu", script=predict)
+    assert status == 2 and "a.png: drawn in found-0-a.png" in printed and "b.jpg cannot be read" in printed
+    assert re.search(r"99\.\d\d %  ring  \d+ \d+ \d+ \d+\n", printed) and "disc" not in printed
+    assert Image.open("found-0-a.png").size == (128, 128) and not pathlib.Path("found-1-b.png").exists()
+    status, printed = start("run", "a.png", "--json", "--device", "cpu", script=predict)
+    name, score, box = json.loads(printed)["objects"][0]
+    assert (status, name, len(box)) == (0, "ring", 4) and score > 0.99
+    assert "goes without --layout and --test" in start("run", "a.png", "--test", "10-crop", script=predict)[1]
 
 
 # Training

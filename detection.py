@@ -157,6 +157,13 @@ def detector(args, about, net=None):
     return Detector(net or classifier(args, classes), classes, mean, std, args.short, args.roi, args.regions)
 
 
+def of_run(args, state):
+    """The detector of a run, by its flags and its checkpoint; in eval mode."""
+    net = detector(args, state["about"])
+    net.load_state_dict(state["model"])
+    return net.eval()
+
+
 def draw(pixels, found, classes, least=0.5):
     """Pixels (3, H, W), uint8, with the boxes, names and scores of what was found with a score of `least` or more."""
     boxes, scores, labels = (found[key][found["scores"] >= least].cpu() for key in ("boxes", "scores", "labels"))

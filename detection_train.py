@@ -32,7 +32,16 @@ import checkpoint
 import data
 import detection
 import weights
-from flags import add_run_flags, add_unit_flags, at_least, check_recipe, refuse_all_but, resolve_unit
+from flags import (
+    add_run_flags,
+    add_unit_flags,
+    add_weights_flags,
+    at_least,
+    check_recipe,
+    refuse_all_but,
+    resolve_unit,
+    resolve_weights,
+)
 from training import (
     Precision,
     Training,
@@ -63,8 +72,7 @@ PRETRAINING = 200  # iterations, where there are no --weights
 COLUMNS = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007, of VOC 2010 and later; IoU 0.5
 
 IDENTITY = (  # the flags that make a run this run; any other may change when it is continued
-    "dataset train images weights vgg depth unit unit_args width short roi regions iterations batch_size lr seed "
-    "precision"
+    "dataset train images vgg depth unit unit_args width short roi regions iterations batch_size lr seed precision"
 ).split()
 SETTINGS = "data workers device out checkpoint_seconds timeout".split()
 
@@ -150,14 +158,18 @@ def train(args, device):
     Returns the exit status."""
     with checkpoint.all_or_none():
         images, test = data.load_detection(args.dataset, args.data, args.train, args.images)
-        net, about = first_net(args, images.classes)
-        identity = {name: getattr(args, name) for name in IDENTITY} | {"classes": images.classes}
-        run = checkpoint.Run(args.out, identity | {"training_images": len(images)}, COLUMNS)
+        identity = {name: getattr(args, name) for name in IDENTITY} | {"weights": args.weights_hash}
+        identity |= {"classes": images.classes, "training_images": len(images)}
+        run = checkpoint.Run(args.out, identity, COLUMNS)
     checkpoint.agree(args.out, run.result)
     if run.result:
         return finish(run, run.result, COLUMNS)
 
     with checkpoint.all_or_none(args.out):
+        torch.manual_seed(args.seed)
+        normal = weights.grey_levels(data.MEAN, data.STD)
+        net, about = args.pretrained or (detection.classifier(args, len(images.classes)), normal)
+        about = {name: about[name] for name in normal} | {"classes": images.classes, "size": args.short}
         run.begin({name: getattr(args, name) for name in SETTINGS}, about)
         begun = run.load() is not None
     net.to(device, memory_format=torch.channels_last)
@@ -218,29 +230,14 @@ def train(args, device):
     return finish(run, result, COLUMNS)
 
 
-def first_net(args, classes):
-    """The net that is cut, whole: that of --weights, or a new one; and what a checkpoint says about the detector. Fills
-    in the flags that the weights decide. Raises ValueError when a file does not fit."""
-    torch.manual_seed(args.seed)
-    about = weights.grey_levels(data.MEAN, data.STD)
-    if args.vgg:
-        net = detection.classifier(args, len(classes))
-        try:
-            net.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # a damaged file may raise anything
-            raise ValueError(
-                f"{args.weights} is no file of torchvision's vgg16: {str(error).partition(':')[0]}"
-            ) from None
-    elif args.weights:
-        net, about = weights.load(args.weights)
-        if net.stem[0].kernel_size != (7, 7):
-            raise ValueError(f"{args.weights} is of a CIFAR net, and a detector needs one of ImageNet's: of stride 16")
-        args.depth, args.unit, args.unit_args, args.width = about["depth"], about["unit"], about["unit_args"], 64
-    else:
-        net = detection.classifier(args, len(classes))
-    args.name = "Faster R-CNN on " + ("VGG-16" if args.vgg else f"ResNet-{args.depth}")
-    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
-    return net, {"classes": classes, "mean": about["mean"], "std": about["std"], "size": args.short}
+def load_vgg(path):
+    """(net, about) of a file of torchvision's vgg16, as load_weights has them. Raises ValueError."""
+    net = detection.vgg16(weights=None, init_weights=False)
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path} is no file of torchvision's vgg16: {str(error).partition(':')[0]}") from None
+    return net, weights.grey_levels(data.MEAN, data.STD)
 
 
 def pretrain(net, images, args, device):
@@ -298,8 +295,7 @@ def evaluate_run(flags, device):
         _, images = data.load_detection(args.dataset, flags.data or args.data, args.train, args.images)
         if images.classes != state["about"]["classes"]:
             raise ValueError(f"{folder} is of {', '.join(args.classes)} and the images of {', '.join(images.classes)}")
-        net = detection.detector(args, state["about"])
-        net.load_state_dict(state["model"])
+        net = detection.of_run(args, state)
     net.to(device, memory_format=torch.channels_last)
     found, aps, maps = evaluate(net, images, Precision(args.precision, device), flags.workers, device)
     with checkpoint.all_or_none():
@@ -318,12 +314,9 @@ def parse_flags():
     )
     group = parser.add_argument_group("the net")
     add_unit_flags(group, (101, "18, 34, 50, 101, 152, 200"), "basic at 18 and 34, else bottleneck")
-    add = group.add_argument
+    add_weights_flags(group)
     parser.set_defaults(depth=None)
-    add(
-        "--weights", metavar="FROM", help="a net that can classify (default: it learns the objects of the images first)"
-    )
-    add("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
+    group.add_argument("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=RECIPES, default="voc", help="synthetic needs none (default voc)")
     add("--data", metavar="DIR", help="where VOCdevkit is, or will be; or a folder in VOC's layout (default data)")
@@ -358,20 +351,23 @@ def resolve(args):
         return
     if args.compile:
         raise ValueError("--compile: images have many sizes, and each would be compiled anew")
-    given = [name for name in ("depth", "preact", "unit", "unit_arg") if getattr(args, name) not in (None, False, [])]
-    if given and (args.weights or args.vgg):
-        raise ValueError(f"--{given[0].replace('_', '-')}: the weights say which net it is")
-    if args.vgg and not args.weights:
-        raise ValueError("--vgg needs --weights, the file of torchvision's vgg16")
-    recipe = RECIPES[args.dataset] | ({"roi": 7} if args.vgg else {})
+    if args.vgg and (not args.weights or args.depth or args.unit or args.preact or args.unit_arg or args.layout):
+        raise ValueError("--vgg goes with --weights, the file of torchvision's vgg16, and without --depth or --unit")
+    recipe = RECIPES[args.dataset] | ({"roi": 7} if args.vgg else {}) | ({"width": 64} if args.weights else {})
     vars(args).update({name: value for name, value in recipe.items() if getattr(args, name, None) is None})
     args.data, args.micro_batch = args.data or "data", 1  # BN is fixed: images that share a step do not meet
     if args.vgg:
-        args.depth, args.unit, args.unit_args = 16, "vgg", {}
-    elif not args.weights:
+        args.depth, args.unit, args.unit_args, args.pretrained = 16, "vgg", {}, load_vgg(args.weights)
+        args.weights_hash = weights.digest(*args.pretrained)
+    else:
         resolve_unit(args, bottlenecks=(50, 101, 152, 200), option="B")
+        resolve_weights(args)
+        if args.pretrained and args.pretrained[0].stem[0].kernel_size != (7, 7):
+            raise ValueError(f"{args.weights} is a net of CIFAR's kind, and a detector is made of one of ImageNet's")
         with torch.device("meta"):  # raises ValueError for an impossible depth or option
             detection.classifier(args, 1)
+    args.name = "Faster R-CNN on " + ("VGG-16" if args.vgg else f"ResNet-{args.depth}")
+    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
     check_recipe(args)
     at_least(args, short=32, images=0, iterations=1)
 

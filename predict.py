@@ -1,7 +1,11 @@
-"""The five likeliest classes of pictures, by a net of a run's folder or of a file of weights.
+"""The five likeliest classes of pictures, by a net of a run's folder or of a file of weights; or the objects in them.
 
     python predict.py runs/cifar10-20-basic-seed1 cat.jpg dog.png
     python predict.py resnet50.pth pictures/*.jpg --test 10-crop --json
+    python predict.py runs/voc-101-bottleneck-seed1 street.jpg              # of detection_train.py: objects
+
+Objects with a score of 0.5 or more are printed with their boxes, from corner to corner in pixels, and drawn into
+found-<number>-<name>.png in the current folder.
 
 A picture is turned upright as its EXIF data say, which training and evaluation never do, and this is said. A CIFAR net
 sees the centre of the picture scaled to a shorter side of 32, an ImageNet net the views of a protocol of the papers.
@@ -14,6 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: t
 import argparse
 import itertools
 import json
+import pathlib
 import sys
 
 import torch
@@ -70,6 +75,35 @@ def predict(net, about, paths, protocol=None):
             yield found
 
 
+def is_detector(source):
+    """Whether this is the folder of a run of detection_train.py."""
+    path = pathlib.Path(source, "config.json")
+    return path.exists() and "regions" in checkpoint.read_json(path)
+
+
+def find_objects(net, classes, paths, least=0.5):
+    """{"picture": path, "turned": by EXIF, "objects": [(class, score, box), ...], "drawn": file} of each picture in
+    order, or {"picture": path, "problem": why it cannot be read}. Boxes are (x1, y1, x2, y2) in pixels."""
+    import detection
+
+    for number, path in enumerate(paths):
+        found = {"picture": path}
+        try:
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+                found["turned"], pixels = upright is not image, data.decode(upright, 1).permute(2, 0, 1)
+            objects = net.detect(pixels.to(net.cls.weight.device).float() / 255)
+            columns = (objects[key].tolist() for key in ("labels", "scores", "boxes"))
+            rows = [(classes[label - 1], *more) for label, *more in zip(*columns, strict=True) if more[0] >= least]
+            found["drawn"] = f"found-{number}-{pathlib.Path(path).stem}.png"
+            drawn = detection.draw(pixels, objects, classes, least).permute(1, 2, 0)
+            Image.fromarray(drawn.contiguous().numpy()).save(found["drawn"])
+            found["objects"] = rows
+        except Exception as error:  # a damaged file may raise anything
+            found["problem"] = str(error) or type(error).__name__
+        yield found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="FROM", help="a run's folder or a file of weights")
@@ -81,17 +115,26 @@ def main():
     args = parser.parse_args()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
-        net, about = weights.load(args.source, args.layout)
-        cifar = net.stem[0].kernel_size == (3, 3)
-        if args.test and cifar:
-            raise ValueError(f"--test {args.test} is for ImageNet's nets: this one sees a picture's centre alone")
+        if is_detector(args.source):
+            if args.layout or args.test:
+                raise ValueError(f"{args.source} is a detector, which goes without --layout and --test")
+            from detection import of_run  # all of torchvision's, which takes a while
+
+            run, state = checkpoint.read_run(args.source)
+            net = of_run(run, state)
+            found = find_objects(net, state["about"]["classes"], args.pictures)
+        else:
+            net, about = weights.load(args.source, args.layout)
+            cifar = net.stem[0].kernel_size == (3, 3)
+            if args.test and cifar:
+                raise ValueError(f"--test {args.test} is for ImageNet's nets: this one sees a picture's centre alone")
+            found = predict(net, about, args.pictures, None if cifar else args.test or "1-crop")
         net.to(device, memory_format=torch.channels_last)
     except (ValueError, RuntimeError, AssertionError) as error:
         checkpoint.fail(error)
     torch.backends.cudnn.allow_tf32 = False
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     bad = 0
-    found = predict(net, about, args.pictures, None if cifar else args.test or "1-crop")
     many = len(args.pictures) > 64
     for picture in tqdm(found, total=len(args.pictures), unit="picture", disable=None if many else True):
         bad += "problem" in picture
@@ -101,10 +144,12 @@ def main():
     return 2 if bad else 0
 
 
-def block(picture, classes=(), turned=False, problem=None):
+def block(picture, classes=(), objects=(), drawn=None, turned=False, problem=None):
     """What is printed for a picture."""
     note = " (not read)" if problem else " (turned upright, as its EXIF data say)" if turned else ""
-    return "\n".join([f"{picture}{note}", *(f"{100 * p:7.2f} %  {name}" for name, p in classes)])
+    note += f": drawn in {drawn}" if drawn else ""
+    boxes = [f"{100 * p:7.2f} %  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, p, box in objects]
+    return "\n".join([f"{picture}{note}", *(f"{100 * p:7.2f} %  {name}" for name, p in classes), *boxes])
 
 
 def say(line):

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import pathlib
+import re
 import signal
 import sys
 
@@ -23,6 +24,7 @@ import data
 import detection
 import detection_train
 import models
+import predict
 import units
 import weights
 from conftest import start_workers
@@ -678,6 +680,26 @@ def test_drawing():
     assert torch.equal(detection.draw(pixels, found[0], ["dog", "cat"]), pixels)
 
 
+def test_objects_in_pictures(start, quick, tmp_path):
+    """predict.py on a run: printed, as JSON, and drawn; a picture that cannot be read costs the others nothing."""
+    assert start(*TINY, "--images", 2, "--iterations", 1, "--out", "run")[0] == 0
+    state = checkpoint.load("run")
+    for name in ("cls.weight", "box.weight", "box.bias"):
+        state["model"][name].zero_()
+    state["model"]["cls.bias"].copy_(torch.tensor([0.0, 0, 0, 9, 0, 0]))  # everything is a ring
+    torch.save(state, "run/checkpoint.pt")
+    data.Shapes(1, 0).open(0).save("a.png")
+    pathlib.Path("b.jpg").write_text("none")
+    status, printed = start("run", "a.png", "b.jpg", "--device", "cpu", script=predict)
+    assert status == 2 and "a.png: drawn in found-0-a.png" in printed and "b.jpg cannot be read" in printed
+    assert re.search(r"99\.\d\d %  ring  \d+ \d+ \d+ \d+\n", printed) and "disc" not in printed
+    assert Image.open("found-0-a.png").size == (128, 128) and not pathlib.Path("found-1-b.png").exists()
+    status, printed = start("run", "a.png", "--json", "--device", "cpu", script=predict)
+    name, score, box = json.loads(printed)["objects"][0]
+    assert (status, name, len(box)) == (0, "ring", 4) and score > 0.99
+    assert "goes without --layout and --test" in start("run", "a.png", "--test", "10-crop", script=predict)[1]
+
+
 # Training
 
 
@@ -688,8 +710,7 @@ def test_learning_rate(flags):
     assert (args.short, args.roi, args.regions, args.width) == (600, 14, 64, 64)
     points = (0, 59_999, 60_000, 79_999)
     assert [detection_train.lr_at(t, args) for t in points] == [0.001, 0.001, 0.0001, 0.0001]
-    args = flags("--vgg", "--weights", "vgg16.pth")
-    assert (args.unit, args.roi, args.short) == ("vgg", 7, 600)
+    assert flags("--dataset", "synthetic", "--lr", 0.5).lr == 0.5
 
 
 TINY = (
@@ -809,6 +830,10 @@ def test_weights_of_vgg(start, monkeypatch):
     torch.save(resnet().state_dict(), "other.pth")
     status, printed = start(*words, "--weights", "other.pth", "--out", "another")
     assert status == 2 and "other.pth is no file of torchvision's vgg16" in printed
+    net = models.cifar_resnet(8, units.Basic)
+    about = {"classes": [f"class {c}" for c in range(10)], "size": 32, "depth": 8, "unit": "basic"}
+    weights.save(net, about | {"unit_args": {"option": "A"}} | weights.grey_levels(data.MEAN, data.STD), "cifar.pth")
+    assert "cifar.pth is a net of CIFAR's kind" in start(*TINY, "--weights", "cifar.pth")[1]
 
 
 def test_a_folder_of_ones_own(start, quick, monkeypatch, tmp_path):
@@ -833,9 +858,9 @@ BAD = [
     ("--draw -1", "--draw must be at least 0"),
     ("--workers -1", "--workers must be at least 0"),
     ("--depth 19", "depth 19 is impossible"),
-    ("--vgg", "--vgg needs --weights"),
-    ("--vgg --weights x --depth 50", "--depth: the weights say which net it is"),
-    ("--weights x --preact", "--preact: the weights say which net it is"),
+    ("--vgg", "--vgg goes with --weights"),
+    ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
+    ("--vgg --weights nowhere.pth", "nowhere.pth is no file of torchvision's vgg16"),
     ("--compile", "--compile: images have many sizes"),
     ("--weights nowhere.pth --dataset synthetic --images 1", "there is no nowhere.pth"),
     ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),

@@ -4,8 +4,10 @@
     python benchmark.py step --depth 20 --peer resnet.py:resnet20 --min-ratio 1.25
     python benchmark.py step --dataset imagenet --depth 50 --batch-size 16 --peer torchvision.models:resnet50
     python benchmark.py step --depth 164 --unit bottleneck-preact --compile
+    python benchmark.py step --micro-batch 64 --precision bf16                # as cifar_train.py divides the batch
     python benchmark.py evaluate --depth 110
     python benchmark.py depth
+    python benchmark.py side-by-side
     python benchmark.py data >> results/speed.md                              # what is printed is Markdown
 
 What is compared runs in turn, A, B, A, B, ...: a ratio is the median (and the quartiles) of the ratios of pairs.
@@ -26,12 +28,11 @@ import runpy
 import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection
 
 import numpy as np
 import PIL.Image
 import torch
-from torch.nn.functional import cross_entropy
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
@@ -41,10 +42,9 @@ from torchvision import transforms
 import checkpoint
 import cifar_train
 import data
+import training
 from flags import at_least
 from models import cifar_resnet, imagenet_resnet
-from training import PRECISIONS, Precision, classification, compile_units, flatten, graphed, peak_memory, sgd
-from training import step as training_step
 from units import UNITS
 
 LR = 1e-4
@@ -68,7 +68,7 @@ def now(args):
 def seconds(work, args, times=1):
     """The seconds that one of `times` calls in a row takes. In place of `work`, the connection to a process that
     measures its own."""
-    if isinstance(work, Connection):
+    if hasattr(work, "recv"):
         work.send(times)
         return work.recv()
     began = now(args)
@@ -129,14 +129,26 @@ def build(args):
     return net, images.to(args.device), torch.randint(classes, (args.batch_size,)).to(args.device)
 
 
-def training(net, images, labels, args):
-    """Our step of one micro-batch as a function without arguments, the running statistics, and the optimizer."""
-    shared, running = flatten(net.to(args.device, memory_format=torch.channels_last))
-    optimizer, precision = sgd(net, LR), Precision(args.precision, args.device)
+def our_step(args):
+    """Our training step as a function (training.step, partially applied), and its parameters' number."""
+    if not dist.is_initialized():  # in a process of its own
+        checkpoint.start_processes(args.device.type)
+    net, images, labels = build(args)
+    shared, running = training.flatten(net.to(args.device, memory_format=torch.channels_last))
+    optimizer, precision = training.sgd(net, LR), training.Precision(args.precision, args.device)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
-    batches = [(images.contiguous(memory_format=torch.channels_last), labels)]
-    words = net, classification, batches, shared, running, optimizer, scaler, precision
-    return functools.partial(training_step, *words), running, optimizer
+    images = images.contiguous(memory_format=torch.channels_last)
+    parts = [*zip(images.split(args.micro_batch), labels.split(args.micro_batch), strict=True)]
+    words = net, training.classification, parts, shared, running, optimizer, scaler, precision
+    return functools.partial(training.step, *words), sum(p.numel() for p in net.parameters())
+
+
+def as_graph(ours):
+    """Our step as training.py has it on a GPU: one CUDA graph."""
+    net, _, _, _, running, optimizer, *_ = ours.args
+    changed = [*net.parameters(), running, *(state["momentum_buffer"] for state in optimizer.state.values())]
+    nothing = [torch.zeros(1, device=running.device)]
+    return functools.partial(training.graphed(lambda _: ours(), nothing, changed), nothing)
 
 
 def peers_step(args):
@@ -149,33 +161,17 @@ def peers_step(args):
             net = eval(expression, names)
             net = net if isinstance(net, torch.nn.Module) else net()
     net.to(args.device).train()
-    precision, foreach = Precision(args.precision, args.device), None if args.peer else False
+    precision, foreach = training.Precision(args.precision, args.device), None if args.peer else False
     sgd = torch.optim.SGD(net.parameters(), LR, 0.9, weight_decay=1e-4, foreach=foreach)
 
     def work():
         with precision:
-            loss = cross_entropy(net(images), labels)
+            loss = torch.nn.functional.cross_entropy(net(images), labels)
         sgd.zero_grad()
         loss.backward()
         sgd.step()
 
     return work, sum(p.numel() for p in net.parameters())
-
-
-def plain_evaluation(args):
-    """An evaluation in NCHW that keeps what a gradient would need, as a function, and the images' number."""
-    net, images, labels, mean, std = to_evaluate(args)
-    precision = Precision(args.precision, args.device)
-
-    def work():
-        wrong = 0
-        for part, truth in zip(images.split(250), labels.split(250), strict=True):
-            with precision:
-                logits = net((part.float() - mean) / std)
-            wrong += (logits.argmax(dim=1) != truth).sum().item()
-
-    net.eval()
-    return work, len(images)
 
 
 def apart(make, args):
@@ -203,56 +199,76 @@ def serve(make, args, connection):
 
 
 def step(args):
-    """A training step of one micro-batch, ours beside a peer's, or beside the same net in NCHW with plain SGD."""
-    net, images, labels = build(args)
+    """A training step, ours beside a peer's, or beside the same net in NCHW with plain SGD, both of the whole batch."""
+    ours, count = our_step(args)
     other, theirs = apart(peers_step, args)
-    count = sum(p.numel() for p in net.parameters())
-    notes = {"parameters": count, "the other's parameters": theirs, "equal": count == theirs}
-
-    ours, running, optimizer = training(net, images, labels, args)
     ours()
-    notes |= {"peak memory, bytes": peak_memory(args.device)} | floor(ours, args)
-    works = {"ours": ours}
+    notes = {"parameters": count, "the other's parameters": theirs, "equal": count == theirs}
+    notes |= {"micro-batches": args.batch_size // args.micro_batch}
+    notes |= {"peak memory, bytes": training.peak_memory(args.device)} | floor(ours, args)
     if args.compile:
-        compile_units(net)
+        training.compile_units(ours.args[0])
         torch._dynamo.utils.counters.clear()
         torch.compiler.config.force_disable_caches = True  # as on a fresh machine
         torch._inductor.config.compile_threads = 1  # in this process, so that its CPU time is counted
         notes["compilation and first step, seconds"] = seconds(ours, args)
         notes["compiled graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    if args.device.type == "cuda":
-        state = [*net.parameters(), running, *(s["momentum_buffer"] for s in optimizer.state.values())]
-        nothing, works = torch.zeros(1, device=args.device), {}
-        for name, deterministic in (("ours, as one CUDA graph", True), ("without cudnn.deterministic", False)):
-            torch.backends.cudnn.deterministic = deterministic
-            replay = graphed(lambda _: ours(), [nothing], state)
-            works[name] = functools.partial(replay, [nothing])
+    works = {"ours": ours}
+    if args.graph:
+        works = {"ours, as one CUDA graph": as_graph(ours)}
+        torch.backends.cudnn.deterministic = False
+        works |= {"without cudnn.deterministic": as_graph(ours), "ours, launch by launch": ours}
         torch.backends.cudnn.deterministic = True
-        works["ours, launch by launch"] = ours
-
     figures = compare(works | {args.peer or "NCHW, plain SGD": other}, args)
     notes["multiple of the floor"] = next(iter(figures.values()))["seconds"] / notes["floor, seconds"]
     return figures, notes
 
 
+def side_by_side(args):
+    """A step of two runs at once, by the wall: each with one thread, and each with a thread for every core."""
+
+    def turn(runs):
+        for run in runs:
+            run.send(1)
+        return [run.recv() for run in runs]
+
+    args.clock, works, cores = "wall", {}, training.cores_of_a_process()
+    for name, args.threads in (("one thread each", 1), (f"{cores} threads each, torch's default", cores)):
+        works[name] = functools.partial(turn, [apart(our_step, args)[0] for _ in range(2)])
+    return compare(works, args), {"GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"]}
+
+
 def to_evaluate(args):
-    """A net, a thousand CIFAR images (uint8) and labels, and the images' mean and standard deviation, on the device."""
+    """A net, a thousand CIFAR images (uint8) and labels, their mean and standard deviation, all on the device, and the
+    net's Precision."""
     net, images, labels = build(args)
+    images, precision = (images * 50 + 128).byte(), training.Precision(args.precision, args.device)
     mean, std = torch.full((3, 32, 32), 128.0, device=args.device), torch.ones(3, 1, 1, device=args.device)
-    return net.to(args.device), (images * 50 + 128).byte(), labels, mean, std
+    return net.to(args.device), images, labels, mean, std, precision
+
+
+def plain_evaluation(args):
+    """An evaluation in NCHW that keeps what a gradient would need, as a function, and the images' number."""
+    net, images, labels, mean, std, precision = to_evaluate(args)
+
+    def work():
+        wrong = 0
+        for part, truth in zip(images.split(250), labels.split(250), strict=True):
+            with precision:
+                logits = net((part.float() - mean) / std)
+            wrong += (logits.argmax(dim=1) != truth).sum().item()
+
+    net.eval()
+    return work, len(images)
 
 
 def evaluate(args):
     """Evaluation of a thousand CIFAR images, ours beside the same net in NCHW that keeps what a gradient would need."""
-    net, images, labels, mean, std = to_evaluate(args)
+    net, images, *rest = to_evaluate(args)
     net, images = (t.to(memory_format=torch.channels_last) for t in (net, images))
-    precision = Precision(args.precision, args.device)
-
-    def ours():
-        cifar_train.evaluate(net, images, labels, mean, std, precision)
-
     other, number = apart(plain_evaluation, args)
-    return compare({"ours": ours, "NCHW, with gradients": other}, args), {"images": number}
+    works = {"ours": functools.partial(cifar_train.evaluate, net, images, *rest), "NCHW, with gradients": other}
+    return compare(works, args), {"images": number}
 
 
 def collated(transform, pictures):
@@ -263,12 +279,12 @@ def collated(transform, pictures):
 
 def loading(args):
     """Augmented images on the CPU, ours beside torchvision's transforms of PIL images: CIFAR's, and JPEG files."""
-    flip, tensor = transforms.RandomHorizontalFlip(), transforms.ToTensor()
-    normalize = transforms.Normalize(data.MEAN, data.STD)
+    rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)
     images = data.load_cifar("synthetic", None, 5120)[0]
     crops, mean_crops = data.every_crop(images), data.every_crop(data.normalisation(images, "paper")[0])
-    chain = transforms.Compose([transforms.RandomCrop(32, padding=4), flip, tensor, normalize])
-    pictures, collate = images.permute(0, 2, 3, 1).numpy(), functools.partial(collated, chain)
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    collate = functools.partial(collated, transforms.Compose([transforms.RandomCrop(32, padding=4), *rest]))
+    large = transforms.Compose([transforms.RandomResizedCrop(224), *rest])
 
     def ours():
         for t in range(40):
@@ -278,25 +294,22 @@ def loading(args):
         for _ in DataLoader(pictures, 128, shuffle=True, num_workers=workers, collate_fn=collate):
             pass
 
-    works = {f"CIFAR: PIL and DataLoader, {n} workers": functools.partial(theirs, n) for n in (0, 2)}
-    figures = compare({"CIFAR: ours": ours} | works, args)
-    notes = {f"{name}, images/s": len(images) / figure["seconds"] for name, figure in figures.items()}
+    def jpeg(augment):
+        view = functools.partial(data.augmented, augment=augment, crop=224, seed=1)
+        next(data.load_views(files, view, data.train_batch, [keys], 0, torch.device("cpu"), None))
+
+    def pil():
+        torch.stack([large(files.open(index).convert("RGB")) for _, index in keys])
+
     with tempfile.TemporaryDirectory() as folder:
         files = data.ImageFiles(pathlib.Path(args.data or made_photographs(folder)))
         keys = [(0, index) for index in range(min(200, len(files)))]
-        large = transforms.Compose([transforms.RandomResizedCrop(224), flip, tensor, normalize])
-
-        def jpeg(augment):
-            view = functools.partial(data.augmented, augment=augment, crop=224, seed=1)
-            next(data.load_views(files, view, data.train_batch, [keys], 0, torch.device("cpu"), None))
-
-        def pil():
-            torch.stack([large(files.open(index).convert("RGB")) for _, index in keys])
-
+        works = {f"CIFAR: PIL and DataLoader, {n} workers": functools.partial(theirs, n) for n in (0, 2)}
+        cifar = compare({"CIFAR: ours": ours} | works, args)
         works = {f"JPEG: ours, {augment}": functools.partial(jpeg, augment) for augment in ("scale-aspect", "scale")}
         found = compare(works | {"JPEG: PIL, RandomResizedCrop, flip, ToTensor, Normalize": pil}, args)
-    notes |= {f"{name}, images/s": len(keys) / figure["seconds"] for name, figure in found.items()}
-    return figures | found, notes
+    counted = [(len(images), item) for item in cifar.items()] + [(len(keys), item) for item in found.items()]
+    return cifar | found, {f"{name}, images/s": count / figure["seconds"] for count, (name, figure) in counted}
 
 
 def made_photographs(folder):
@@ -312,7 +325,7 @@ def made_photographs(folder):
 
 def depth(args):
     """Construction, a step of one image, and a checkpoint, from 20 layers to 1202; the cost must grow linearly."""
-    args.batch_size, works, notes = 1, {}, {}
+    args.batch_size, args.micro_batch, works, notes = 1, 1, {}, {}
 
     def load(folder, net, optimizer):
         state = checkpoint.load(folder)
@@ -321,15 +334,17 @@ def depth(args):
 
     for args.depth, args.unit in DEPTHS.items():
         notes[f"{args.depth}: construction, s"] = seconds(functools.partial(build, args), args)
-        net, images, labels = build(args)
-        ours, _, optimizer = training(net, images, labels, args)
-        works[f"{args.depth}: step of one image, per weight layer"] = ours
+        ours, _ = our_step(args)
+        net, _, _, _, _, optimizer, *_ = ours.args
         with tempfile.TemporaryDirectory() as folder:
             state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
             save = functools.partial(checkpoint.Run(folder, {}).save, state)
             notes[f"{args.depth}: save, s"] = seconds(save, args)
             notes[f"{args.depth}: checkpoint, bytes"] = pathlib.Path(folder, "checkpoint.pt").stat().st_size
             notes[f"{args.depth}: load, s"] = seconds(functools.partial(load, folder, net, optimizer), args)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(args.device)  # load_state_dict leaves it where it was read
+        works[f"{args.depth}: step of one image, per weight layer"] = as_graph(ours) if args.graph else ours
     figures = compare(works, args)
     for depth, figure in zip(DEPTHS, figures.values(), strict=True):
         figure["seconds"] /= depth
@@ -337,7 +352,7 @@ def depth(args):
     return figures, notes
 
 
-FIGURES = {"step": step, "evaluate": evaluate, "data": loading, "depth": depth}
+FIGURES = {"step": step, "evaluate": evaluate, "data": loading, "depth": depth, "side-by-side": side_by_side}
 
 
 def parse_flags():
@@ -346,28 +361,33 @@ def parse_flags():
     figures = parser.add_subparsers(dest="figure", required=True)
     for name, work in FIGURES.items():
         add = figures.add_parser(name, description=work.__doc__, help=work.__doc__, allow_abbrev=False).add_argument
-        if name in ("step", "evaluate"):
+        if name in ("step", "evaluate", "side-by-side"):
             add("--depth", type=int, default=20, help="(default 20)")
             add("--unit", choices=UNITS, metavar="NAME", help="(default basic, or bottleneck as in the papers)")
-            add("--precision", choices=PRECISIONS, default="float32", help="(default float32)")
-        if name == "step":
+            add("--precision", choices=training.PRECISIONS, default="float32", help="(default float32)")
+        if name in ("step", "side-by-side"):
             add("--dataset", choices=("cifar10", "imagenet"), default="cifar10", help="(default cifar10)")
-            add("--batch-size", type=int, default=128, metavar="N", help="images in the one micro-batch (default 128)")
+            add("--batch-size", type=int, default=128, metavar="N", help="images a step (default 128)")
+            add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default the batch)")
+        if name == "step":
             add("--compile", action="store_true", help="compile the units")
             add("--peer", metavar="FILE.py:CALLABLE", help="or MODULE:CALLABLE; what it returns is trained beside ours")
         if name == "data":
             add("--data", metavar="DIR", help="class folders of JPEG files, as ImageNet's train (default: made up)")
-        if name != "depth":
+        if name in ("step", "evaluate", "data"):
             add("--min-ratio", type=float, metavar="R", help="exit status 1 when other / ours, lower quartile, is less")
+        if name != "side-by-side":
+            add("--clock", choices=("cpu", "wall", "cuda"), help="(default cuda on a GPU, else cpu, the process's)")
+            add("--threads", type=int, default=1, metavar="N", help="(default 1)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto: cuda if there is one)")
-        add("--clock", choices=("cpu", "wall", "cuda"), help="(default cuda on a GPU, else cpu: the process's time)")
-        add("--threads", type=int, default=1, metavar="N", help="(default 1)")
         add("--pairs", type=int, default=15, metavar="N", help="turns of all that is compared (default 15)")
         add("--json", action="store_true", help="print one line of JSON")
-    parser.set_defaults(dataset="cifar10", depth=20, unit=None, batch_size=1000, precision="float32", min_ratio=None)
+    none = dict.fromkeys("unit micro_batch min_ratio clock".split())
+    parser.set_defaults(dataset="cifar10", depth=20, batch_size=1000, precision="float32", threads=1, **none)
     args = parser.parse_args()
     bottlenecks = (164, 1001) if args.dataset == "cifar10" else (50, 101, 152, 200)
     args.unit = args.unit or ("bottleneck" if args.depth in bottlenecks else "basic")
+    args.micro_batch = args.batch_size if args.micro_batch is None else args.micro_batch
     return args
 
 
@@ -375,9 +395,12 @@ def main():
     args, before = parse_flags(), os.getloadavg()[0]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        at_least(args, batch_size=1, threads=1, pairs=1)
+        at_least(args, batch_size=1, micro_batch=1, threads=1, pairs=1)
+        if args.batch_size % args.micro_batch:
+            raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
         torch.set_num_threads(args.threads)
         args.device = checkpoint.start_processes(args.device)
+        args.graph = args.device.type == "cuda" and args.precision != "fp16"
         args.clock = args.clock or ("cuda" if args.device.type == "cuda" else "cpu")
         if args.clock == "cuda" and args.device.type != "cuda":
             raise ValueError("--clock cuda needs a GPU")
@@ -389,9 +412,8 @@ def main():
     if args.json:
         print(json.dumps({"figures": figures, "notes": notes, "environment": where}))
     else:
-        print(
-            f"\n## `{where.pop('command')}`\n\n| | milliseconds | times the first: median (quartiles) |\n|---|---|---|"
-        )
+        print(f"\n## `{where.pop('command')}`\n")
+        print("| | milliseconds | times the first: median (quartiles) |\n|---|---|---|")
         for name, figure in figures.items():
             low, middle, high = figure["ratio"]
             print(f"| {name} | {1000 * figure['seconds']:,.4g} | {middle:.2f} ({low:.2f}, {high:.2f}) |")

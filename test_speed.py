@@ -282,6 +282,8 @@ def test_floor_counts_what_a_step_does(measure):
     forward = 2 * 2 * (first + 2 * stage + later + 640)
     assert two["FLOPs"] == 3 * forward - 2 * 2 * first
     assert four["FLOPs"] == 2 * two["FLOPs"] and four["launches"] == two["launches"]
+    parts = measure(*STEP, "--batch-size", 4, "--micro-batch", 2)[1]["notes"]
+    assert parts["FLOPs"] == four["FLOPs"] and parts["micro-batches"] == 2 and parts["launches"] > four["launches"]
     with benchmark.Traffic() as traffic:
         torch.ones(1000).view(10, 100).t().add(1)
     assert (traffic.launches, traffic.bytes) == (2, 3 * 4000)
@@ -333,16 +335,20 @@ def test_a_damaged_photograph_is_named(measure, tmp_path):
     assert status == 2 and "1.jpg cannot be read" in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("words", (pytest.param("step --compile", marks=pytest.mark.slow), "evaluate", "depth", "data"))
+COMPILED = pytest.param("step --compile", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("words", (COMPILED, "evaluate", "depth", "data", "side-by-side"))
 def test_every_figure_is_printed(measure, monkeypatch, words):
     monkeypatch.setattr(benchmark, "DEPTHS", {8: "basic", 11: "bottleneck-preact"})
-    size = {"step": ["--depth", 8, "--batch-size", 2], "evaluate": ["--depth", 8]}.get(words.split()[0], [])
+    small = ["--depth", 8, "--batch-size", 2]
+    size = {"step": small, "side-by-side": small, "evaluate": small[:2]}.get(words.split()[0], [])
     status, printed = measure(*words.split(), *size, "--pairs", 1)
     assert status == 0
     for part in ("## `benchmark.py", "| times the first: median (quartiles) |", "load average: ", "torch: "):
         assert part in printed
-    for part in {"step --compile": ["compiled graphs: 3;"], "depth": ["11: checkpoint, bytes"]}.get(words, []):
-        assert part in printed
+    own = {"step --compile": "compiled graphs: 3;", "depth": "11: checkpoint, bytes"}
+    assert own.get(words, "GOMP_SPINCOUNT: 20000" if words == "side-by-side" else "") in printed
 
 
 @pytest.mark.parametrize(
@@ -351,6 +357,7 @@ def test_every_figure_is_printed(measure, monkeypatch, words):
         ("step --depth 21", "depth 21 is impossible"),
         ("step --dataset imagenet --depth 20", "depth 20 is impossible"),
         ("step --batch-size 0", "--batch-size must be at least 1"),
+        ("step --micro-batch 48", "--micro-batch 48 does not divide --batch-size 128"),
         ("evaluate --threads 0", "--threads must be at least 1"),
         ("data --pairs 0", "--pairs must be at least 1"),
         ("data --depth 20", "unrecognized arguments"),

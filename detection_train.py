@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 detection_train.py --weights runs/imagenet-101-bottleneck-seed1     # two processes
     python detection_train.py --vgg --weights vgg16-397923af.pth   # the papers' other net
     python detection_train.py --dataset synthetic                  # a first result in minutes, without any download
-    python detection_train.py --data FOLDER --depth 18 --short 300 --iterations 2000 --lr 0.01     # images of your own
+    python detection_train.py --data FOLDER --depth 18 --width 16 --short 300 --iterations 1000 --batch-size 4 --lr 0.03
     python detection_train.py --evaluate RUN --draw 20
 
 The same command again continues a run that was stopped.
@@ -316,6 +316,9 @@ def parse_flags():
     add_unit_flags(group, (101, "18, 34, 50, 101, 152, 200"), "basic at 18 and 34, else bottleneck")
     add_weights_flags(group)
     parser.set_defaults(depth=None)
+    group.add_argument(
+        "--width", type=int, metavar="N", help="channels of conv1: fewer are faster (default 64; synthetic 16)"
+    )
     group.add_argument("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=RECIPES, default="voc", help="synthetic needs none (default voc)")
@@ -351,10 +354,13 @@ def resolve(args):
         return
     if args.compile:
         raise ValueError("--compile: images have many sizes, and each would be compiled anew")
+    if args.weights and args.width:
+        raise ValueError("--width goes without --weights, whose net has its own")
     if args.vgg and (not args.weights or args.depth or args.unit or args.preact or args.unit_arg or args.layout):
         raise ValueError("--vgg goes with --weights, the file of torchvision's vgg16, and without --depth or --unit")
     recipe = RECIPES[args.dataset] | ({"roi": 7} if args.vgg else {}) | ({"width": 64} if args.weights else {})
     vars(args).update({name: value for name, value in recipe.items() if getattr(args, name, None) is None})
+    at_least(args, width=1, short=32, images=0, iterations=1)
     args.data, args.micro_batch = args.data or "data", 1  # BN is fixed: images that share a step do not meet
     if args.vgg:
         args.depth, args.unit, args.unit_args, args.pretrained = 16, "vgg", {}, load_vgg(args.weights)
@@ -369,7 +375,6 @@ def resolve(args):
     args.name = "Faster R-CNN on " + ("VGG-16" if args.vgg else f"ResNet-{args.depth}")
     args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
     check_recipe(args)
-    at_least(args, short=32, images=0, iterations=1)
 
 
 def main():

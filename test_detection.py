@@ -836,11 +836,12 @@ def test_weights_of_vgg(start, monkeypatch):
     assert "cifar.pth is a net of CIFAR's kind" in start(*TINY, "--weights", "cifar.pth")[1]
 
 
-def test_a_folder_of_ones_own(start, quick, monkeypatch, tmp_path):
-    monkeypatch.setitem(detection_train.RECIPES["voc"], "width", 8)
+def test_a_folder_of_ones_own(start, quick, tmp_path):
     objects_ = [("cat", 11, 11, 50, 60), ("dog", 60, 20, 100, 80), ("dog", 5, 5, 20, 20, DIFFICULT)]
     write_voc(tmp_path / "own", {n: ((120, 90), objects_) for n in "abc"}, {"train": "ab", "val": "c"})
-    words = "--data own --depth 18 --short 64 --iterations 1 --workers 0 --device cpu --draw 1 --out run".split()
+    words = (
+        "--data own --depth 18 --width 8 --short 64 --iterations 1 --workers 0 --device cpu --draw 1 --out run".split()
+    )
     status, printed = start(*words)
     assert status == 0 and "2 training images of 2 classes" in printed
     assert [*json.loads(pathlib.Path("run/result.json").read_text())["aps"]] == ["cat", "dog"]
@@ -859,6 +860,8 @@ BAD = [
     ("--workers -1", "--workers must be at least 0"),
     ("--depth 19", "depth 19 is impossible"),
     ("--vgg", "--vgg goes with --weights"),
+    ("--width 0", "--width must be at least 1"),
+    ("--width 16 --weights x", "--width goes without --weights"),
     ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
     ("--vgg --weights nowhere.pth", "nowhere.pth is no file of torchvision's vgg16"),
     ("--compile", "--compile: images have many sizes"),

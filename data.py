@@ -216,7 +216,7 @@ class ImageFiles:
         beside = sorted(filter(is_picture, files))
         if beside or not classes:
             held = f"{len(beside)} pictures beside its folders, such as {beside[0]}" if beside else "no folders"
-            raise ValueError(f"{folder} holds {held}: sort them into one folder per class (README.md, ImageNet)")
+            raise ValueError(f"{folder} holds {held}: sort them into one folder per class (docs/imagenet.md)")
         self.classes, paths, labels, others = sorted(classes), [], [], []
         for label, name in enumerate(self.classes):
             files = [os.path.join(place, file) for place, _, files in sorted(visible(folder / name)) for file in files]

@@ -1,8 +1,9 @@
 """The derivation of [2] Sections 2 and 3 made visible: signal and gradient through depth, without data or training.
-And [1] Fig. 7: how strongly the layers of a trained net respond.
+And the papers' units as pictures; and [1] Fig. 7: how strongly the layers of a trained net respond.
 
     python propagation.py                          # ResNet-110, in a minute: results/propagation.md, .csv, .svg, .png
     python propagation.py --depth 20               # results/propagation-20.md, ...
+    python propagation.py --units                  # the units as boxes, read out of their modules: results/units.svg
     python propagation.py --responses RUN ...      # responses.csv in the folder of each run of cifar_train.py
 
 Eqs (7) and (8): where every unit multiplies its shortcut by a lambda and nothing follows the addition, d loss / d x_l
@@ -187,6 +188,87 @@ def write_page(depth):
     return text
 
 
+FIGURES = {
+    "[2] Fig. 2: what stands on the shortcut": {
+        "(a) original": "basic",
+        "(b) constant scaling": "basic-constant-scaling",
+        "(c) exclusive gating": "basic-exclusive-gating",
+        "(d) shortcut-only gating": "basic-shortcut-gating",
+        "(e) 1\u00d71 conv shortcut": "basic-conv-shortcut",
+        "(f) dropout shortcut": "basic-dropout-shortcut",
+    },
+    "[2] Fig. 4: the order of weights, BN and ReLU; and three layers, [1] Fig. 5": {
+        "(a) original": "basic",
+        "(b) BN after addition": "basic-bn-after-add",
+        "(c) ReLU before addition": "basic-relu-before-add",
+        "(d) ReLU-only pre-act.": "basic-relu-preact",
+        "(e) full pre-activation": "basic-preact",
+        "bottleneck": "bottleneck",
+        "bottleneck, pre-act.": "bottleneck-preact",
+    },
+}
+
+
+def boxes(unit):
+    """A unit's operations as boxes, [(label, column, row, [(column, row) of each that it reads])]; its input is at
+    (0, 0). Column 0 is the way from input to output with the fewest operations, the shortcut; 2 the one with the most,
+    the branch; 1 has what is on neither, a gate. The row is the most operations that lie before the box."""
+    read, ways = units.operations(unit), {}  # ways: from the input to a node, the shortest and the longest
+    for node, (_, _, inputs) in read.items():
+        before = [ways.get(i, ([], [])) for i in inputs]
+        ways[node] = [*min((w[0] for w in before), key=len), node], [*max((w[1] for w in before), key=len), node]
+    shortcut, branch = ways[node]
+    at = {n: (0 if n in shortcut else 2 if n in branch else 1, len(longest)) for n, (_, longest) in ways.items()}
+    signs = {"*": "\u00d7 {}", "-": "{} \u2212", "bn": "BN", "relu": "ReLU"}
+    made = []
+    for node, (operation, constants, inputs) in read.items():
+        label = signs.get(operation, operation).format(*constants or [""]).strip()
+        label = label.replace("conv", "conv ").replace("3x3", "3\u00d73").replace("1x1", "1\u00d71")
+        made.append((label, *at[node], [at.get(i, (0, 0)) for i in inputs]))
+    return made
+
+
+def draw_units():
+    """The text of an SVG: the units of FIGURES as boxes on a branch and its shortcut."""
+    colors = {"c": "#cfe2f3", "B": "#fce5cd", "R": "#d9ead3"}  # convolution, BN, ReLU
+    parts, right, top = [], 0, 0
+    for title, names in FIGURES.items():
+        parts.append(f'<text x="14" y="{top + 24}" class="title">{title}</text>')
+        left, lowest = 14, 0
+        for caption, name in names.items():
+            drawn = boxes(units.UNITS[name](16 * units.UNITS[name].expansion, 16))
+            used = sorted({0, *(column for _, column, _, _ in drawn)})
+            x = {column: left + 30 + 64 * i for i, column in enumerate(used)}
+            y = [top + 76 + 25 * row for row in range(len(drawn) + 1)]
+            middle, last = left + 32 * len(used) - 2, max(row for _, _, row, _ in drawn)
+            parts.append(f'<text x="{middle}" y="{top + 48}">{caption}</text>')
+            parts.append(f'<text x="{middle}" y="{top + 61}" class="name">{name}</text>')
+            for _, column, row, inputs in drawn:
+                for start, begin in inputs:
+                    way = f"M{x[start]} {y[begin]}"
+                    if start == 1 and column == 2:  # from a gate to the branch: down between the two
+                        way += f"H{x[1] + 32}"
+                    elif start == 0:  # from the shortcut: to the side, then down
+                        way += f"H{x[column]}"
+                    way += f"V{y[row]}H{x[column]}"
+                    wide = ' class="shortcut"' if start == column == 0 else ""
+                    parts.append(f'<path d="{way}"{wide}/>')
+            parts.append(f'<path d="M{x[0]} {y[last]}v24m-5 -6l5 6l5 -6" class="shortcut"/>')
+            for label, column, row, _ in drawn:
+                wide = 12 if len(label) == 1 else 28
+                box = f'x="{x[column] - wide}" y="{y[row] - 9}" width="{2 * wide}" height="18" rx="4"'
+                parts.append(f'<rect {box} fill="{colors.get(label[0], "#fff")}"/>')
+                parts.append(f'<text x="{x[column]}" y="{y[row] + 4}">{label}</text>')
+            left, lowest = left + 64 * len(used) + 8, max(lowest, y[last] + 24)
+        right, top = max(right, left), lowest + 10
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {top}">\n<style>'
+    head += "text {font-family: sans-serif; font-size: 10.5px; text-anchor: middle} .name {font-size: 9px; fill: #666} "
+    head += ".title {font-weight: bold; font-size: 12px; text-anchor: start} rect, path {stroke: #555} "
+    head += "path {fill: none} .shortcut {stroke-width: 3px}</style>\n"
+    head += f'<rect width="{right}" height="{top}" fill="#fff" style="stroke: none"/>\n'
+    return head + "\n".join([*parts, "</svg>", ""])
+
+
 def measure_responses(folder):
     """[1] Fig. 7 of a run of cifar_train.py: the standard deviation of each 3x3 layer's output, after BN and before
     ReLU and addition, over 1,000 test images with BN in evaluation mode (the paper does not say which images or mode).
@@ -225,11 +307,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     work = parser.add_mutually_exclusive_group()
     work.add_argument("--depth", type=int, default=110, help="6n + 2 weight layers (default 110)")
+    work.add_argument("--units", action="store_true", help="draw the units of the papers' figures as boxes")
     work.add_argument("--responses", nargs="+", type=pathlib.Path, metavar="RUN", help="folders of trained runs")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that the numbers do not depend on the number of cores
     try:
-        if args.responses is None:
+        if args.units:
+            (RESULTS / "units.svg").write_text(draw_units(), "utf-8")
+            print(RESULTS / "units.svg")
+        elif args.responses is None:
             print(write_page(args.depth))
         for folder in args.responses or ():
             print(measure_responses(folder))

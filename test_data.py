@@ -567,7 +567,11 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
         assert all(word in str(error.value) for word in words), str(error.value)
 
     touch(tmp_path, "val/ILSVRC2012_val_00000007.JPEG", "val/ILSVRC2012_val_00000003.JPEG", "val/list.csv")
-    refused(f"{tmp_path}/val holds 2 pictures beside its folders", "such as ILSVRC2012_val_00000003.JPEG", "README.md")
+    refused(
+        f"{tmp_path}/val holds 2 pictures beside its folders",
+        "such as ILSVRC2012_val_00000003.JPEG",
+        "docs/imagenet.md",
+    )
     for path in (tmp_path / "val").glob("*.JPEG"):
         path.unlink()
     data.load_imagenet("imagenet", tmp_path)
@@ -595,7 +599,7 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ("\n", "", "\r\n"))
-def test_readmes_lines_sort_the_validation_images(tmp_path, ending):
+def test_the_lines_of_the_docs_sort_the_validation_images(tmp_path, ending):
     """With and without a last newline, and again after they were interrupted."""
     val = tmp_path / "data" / "imagenet" / "val"
     names = [f"ILSVRC2012_val_{i:08}" for i in range(4)]
@@ -603,8 +607,8 @@ def test_readmes_lines_sort_the_validation_images(tmp_path, ending):
     lines = ["ImageId,PredictionString", *(f"{name},n{i} 85 1 499 272 n{i} 0 0 1 1" for i, name in enumerate(names))]
     separator = "\r\n" if ending == "\r\n" else "\n"
     (val.parent / "LOC_val_solution.csv").write_bytes((separator.join(lines) + ending).encode())
-    readme = (HERE / "README.md").read_text() + "".join(p.read_text() for p in HERE.glob("docs/*.md"))
-    lines = re.search(r"cd data/imagenet/val && python - <<'END'\n(.*?)\nEND\n", readme, re.DOTALL)[1]
+    page = (HERE / "docs" / "imagenet.md").read_text()
+    lines = re.search(r"cd data/imagenet/val && python - <<'END'\n(.*?)\nEND\n", page, re.DOTALL)[1]
     subprocess.run([sys.executable, "-c", lines], cwd=val, check=True)
     images = data.ImageFiles(val)
     assert [images.name(i) for i in range(len(images))] == [f"{val}/n{i}/{name}.JPEG" for i, name in enumerate(names)]

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -20,9 +21,10 @@ import cifar_train
 import data
 import imagenet_train
 import models
+import predict
 import training
 import units
-from conftest import start_workers
+from conftest import HERE, start_workers
 
 SCRIPT = imagenet_train  # what `flags` and `start` run
 
@@ -539,3 +541,35 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     twenty_steps(pathlib.Path(sys.argv[1], f"{dist.get_world_size()}-{dist.get_rank()}"))
     dist.destroy_process_group()
+
+
+# docs/own-pictures.md
+
+
+def test_the_recipe_for_own_pictures(start):
+    """As it stands there, but for epochs and crop: two classes, a picture on its side, from scratch and from a run."""
+    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "docs" / "own-pictures.md").read_text(), flags=re.DOTALL)
+    for seed, name in enumerate(("cat", "dog")):
+        pathlib.Path("pictures", name).mkdir(parents=True)
+        for i in range(1, 13):
+            photograph(90, 70, seed).save(f"pictures/{name}/{i}.jpg")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    photograph(90, 70).save("pictures/cat/2.jpg", exif=exif)
+    exec(blocks[0].partition("<<'END'\n")[2].partition("END\n")[0], {})
+    sizes = {Image.open(path).size: path.as_posix() for path in pathlib.Path("mine").rglob("*.jpg")}
+    assert sizes.pop((70, 90)) == "mine/train/cat/2.jpg" and list(sizes) == [(90, 70)]
+    assert [len([*pathlib.Path("mine", half).rglob("*.jpg")]) for half in ("train", "val")] == [18, 6]
+    lines = "".join(blocks[1:]).replace("FROM", "runs/mine").splitlines()
+    assert [line.split()[1] for line in lines] == ["imagenet_train.py", "predict.py"] * 2
+    for line in lines:
+        words = [
+            *re.sub(r"--epochs \d+", "--epochs 1 --workers 0", line.replace("64", "32")).split()[2:],
+            "--device",
+            "cpu",
+        ]
+        status, printed = start(*words, script=imagenet_train if "--data" in words else predict)
+        assert status == 0, printed
+        if "--data" not in words:
+            assert "pictures/dog/1.jpg" in printed and printed.count("%") == 4
+    assert json.loads(pathlib.Path("runs/mine-2/result.json").read_text())["iterations"] == 1

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import sys
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -182,3 +183,47 @@ def test_runs_without_responses(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").unlink()
     assert propagation.main() == 2 and "it has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "responses.csv").exists()
+
+
+# The units as pictures
+
+ORIGINAL, PREACT = "conv 3×3, BN, ReLU, conv 3×3, BN", "BN, ReLU, conv 3×3, BN, ReLU, conv 3×3"
+DEEP = "conv 1×1, BN, ReLU, conv 3×3, BN, ReLU, conv 1×1, BN"
+COLUMNS = {  # the shortcut, the gate, the branch
+    "basic": ("+, ReLU", "", ORIGINAL),
+    "basic-constant-scaling": ("× 0.5, +, ReLU", "", f"{ORIGINAL}, × 0.5"),
+    "basic-exclusive-gating": ("×, +, ReLU", "conv 1×1, sigmoid, 1 −", f"{ORIGINAL}, ×"),
+    "basic-shortcut-gating": ("×, +, ReLU", "conv 1×1, sigmoid, 1 −", ORIGINAL),
+    "basic-conv-shortcut": ("conv 1×1, BN, +, ReLU", "", ORIGINAL),
+    "basic-dropout-shortcut": ("dropout, × 0.5, +, ReLU", "", ORIGINAL),
+    "basic-bn-after-add": ("+, BN, ReLU", "", "conv 3×3, BN, ReLU, conv 3×3"),
+    "basic-relu-before-add": ("+", "", f"{ORIGINAL}, ReLU"),
+    "basic-relu-preact": ("+", "", "ReLU, conv 3×3, BN, ReLU, conv 3×3, BN"),
+    "basic-preact": ("+", "", PREACT),
+    "bottleneck": ("+, ReLU", "", DEEP),
+    "bottleneck-preact": ("+", "", "BN, ReLU, conv 1×1, BN, ReLU, conv 3×3, BN, ReLU, conv 1×1"),
+}
+
+
+def test_boxes_of_every_panel():
+    for names in propagation.FIGURES.values():
+        for name in names.values():
+            drawn = propagation.boxes(units.UNITS[name](64, 64 // units.UNITS[name].expansion))
+            columns = [", ".join(label for label, at, *_ in drawn if at == column) for column in range(3)]
+            assert tuple(columns) == COLUMNS[name]
+            assert all(begin < row for _, _, row, inputs in drawn for _, begin in inputs)  # every line leads down
+    gated = {
+        box[0]: box for box in propagation.boxes(units.BasicExclusiveGating(16, 16)) if box[1] > 0 or box[0] == "+"
+    }
+    assert gated["×"][3] == [(1, 2), (2, 5)] and gated["+"][3] == [(0, 4), (2, 6)]  # sigmoid and BN; × and ×
+
+
+def test_pictures_of_the_units_are_not_stale():
+    text = (HERE / "results" / "units.svg").read_text("utf-8")
+    assert text == propagation.draw_units(), "run python propagation.py --units"
+    svg = xml.etree.ElementTree.fromstring(text)
+    width, height = map(int, svg.get("viewBox").split()[2:])
+    boxes = [[int(box.get(side)) for side in ("x", "y", "width", "height")] for box in svg.iter("{*}rect")][1:]
+    assert all(0 < x < x + w < width and 0 < y < y + h < height for x, y, w, h in boxes)
+    for x, y, w, h in boxes:  # no two boxes touch
+        assert sum(a < x + w and x < a + c and b < y + h and y < b + d for a, b, c, d in boxes) == 1

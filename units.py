@@ -474,18 +474,31 @@ def arguments(unit):
                 return defaults
 
 
-def order(module):
-    """The operations of a unit or net in the order in which they run, read out of the module: "conv3x3 bn relu ..."."""
-    names = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu", "Identity": ""}
-    operations = []
+def operations(module):
+    """The operations of a unit or net, read out of the module by torch.fx: {node: (operation, its constants, the nodes
+    it reads)} in the order in which they run. An identity is left out: what reads it reads what it reads."""
+    names = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu"}
+    read, handed_on = {}, {}
     for node in fx.symbolic_trace(module).graph.nodes:
+        inputs = [handed_on.get(i, i) for i in node.all_input_nodes]
         if node.op == "call_module":
             layer = module.get_submodule(node.target)
-            size = "conv{}x{}".format(*layer.kernel_size) if isinstance(layer, nn.Conv2d) else ""
-            operations.append(size or names.get(type(layer).__name__, type(layer).__name__))
+            name = "conv{}x{}".format(*layer.kernel_size) if isinstance(layer, nn.Conv2d) else type(layer).__name__
         elif node.op == "call_function":
-            operations.append(names.get(node.target.__name__, node.target.__name__))
-    return " ".join(filter(None, operations))
+            name = node.target.__name__
+        else:
+            continue
+        if name == "Identity":
+            handed_on[node] = inputs[0]
+        else:
+            constants = [value for value in node.args if isinstance(value, (int, float))]
+            read[node] = names.get(name, name), constants, inputs
+    return read
+
+
+def order(module):
+    """The operations of a unit or net in the order in which they run, read out of the module: "conv3x3 bn relu ..."."""
+    return " ".join(operation for operation, *_ in operations(module).values())
 
 
 def summary(name):

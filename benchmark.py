@@ -394,6 +394,7 @@ def parse_flags():
 def main():
     args, before = parse_flags(), os.getloadavg()[0]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    checkpoint.prepare_streams()
     try:
         at_least(args, batch_size=1, micro_batch=1, threads=1, pairs=1)
         if args.batch_size % args.micro_batch:

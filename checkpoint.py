@@ -16,6 +16,7 @@ import os
 import pathlib
 import pickle
 import platform
+import select
 import shlex
 import signal
 import subprocess
@@ -65,10 +66,12 @@ def start_processes(device, timeout=600):
     missing = [name for name in needed if launched and not os.environ.get(name)]
     if missing:
         raise ValueError(f"torchrun's environment is incomplete: {', '.join(missing)} not set (or start with python)")
+    for name in needed[:3] + needed[4:]:
+        whole_number(name, 0)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        local, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        local, gpus = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine needs a GPU of its own, and torch sees {gpus}")
         torch.cuda.set_device(local)
@@ -99,6 +102,25 @@ def end_processes():
     control = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def prepare_streams():
+    """Let every name be printed: what an encoding lacks is escaped, and a stream that is closed swallows all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def whole_number(variable, default):
+    """The number in an environment variable, or the default where it is unset or empty. Raises ValueError."""
+    value = os.environ.get(variable) or default
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"the environment's {variable} is {value!r}, but should be a whole number") from None
 
 
 def print_error(line):
@@ -213,8 +235,9 @@ stop = Stop()  # of this process, as its signals are
 
 def end_at_once(number):
     """End the process, whatever its main thread is doing, as a signal asked."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
+    with contextlib.suppress(OSError):  # the error stream is closed
+        if (os.environ.get("RANK") or "0") == "0" and select.select([], [2], [], 0)[1]:  # a full pipe would block
+            os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
     for child in multiprocessing.active_children():  # a loader's workers, which would notice it seconds later
         child.kill()
     os._exit(128 + number)

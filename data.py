@@ -96,7 +96,7 @@ def download(published, root, missing):
 
 def warn(sentence):
     """Print a sentence to the error stream, once for all the processes that torchrun started together."""
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that is closed, or full
             print(sentence, file=sys.stderr, flush=True)
 

@@ -1,11 +1,11 @@
 """The flags that the experiments share, and their checks. What is wrong with a command line is a ValueError."""
 
 import math
-import os
 import sys
 
 import torch
 
+from checkpoint import whole_number
 from training import PRECISIONS, print_line
 from units import UNITS, arguments
 from weights import LAYOUTS, digest
@@ -129,7 +129,7 @@ def check_recipe(args):
         raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if args.batch_size % args.micro_batch:
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
-    count, world = args.batch_size // args.micro_batch, int(os.environ.get("WORLD_SIZE") or 1)
+    count, world = args.batch_size // args.micro_batch, whole_number("WORLD_SIZE", 1)
     if world < 1 or count % world:
         raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
 

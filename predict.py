@@ -113,6 +113,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="an object a line and a picture, for programs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
     args = parser.parse_args()
+    checkpoint.prepare_streams()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         if is_detector(args.source):
@@ -133,7 +134,6 @@ def main():
     except (ValueError, RuntimeError, AssertionError) as error:
         checkpoint.fail(error)
     torch.backends.cudnn.allow_tf32 = False
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     bad = 0
     many = len(args.pictures) > 64
     for picture in tqdm(found, total=len(args.pictures), unit="picture", disable=None if many else True):

@@ -184,7 +184,7 @@ def write_page(depth):
             writer.writerows([net, at, *row] for at, row in enumerate(cells))
     draw(measured, path)
     text = page(measured, path.name + ".svg")
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, "utf-8")
     return text
 
 
@@ -310,6 +310,7 @@ def main():
     work.add_argument("--units", action="store_true", help="draw the units of the papers' figures as boxes")
     work.add_argument("--responses", nargs="+", type=pathlib.Path, metavar="RUN", help="folders of trained runs")
     args = parser.parse_args()
+    checkpoint.prepare_streams()
     torch.set_num_threads(1)  # so that the numbers do not depend on the number of cores
     try:
         if args.units:

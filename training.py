@@ -191,7 +191,7 @@ def own_micro_batches(args):
 def cores_of_a_process():
     """How many of the machine's cores each of the processes on it has for itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+    return max(cores // checkpoint.whole_number("LOCAL_WORLD_SIZE", 1), 1)
 
 
 def peak_memory(device):
@@ -209,7 +209,7 @@ def print_line(line):
     try:
         tqdm.write(line)
         sys.stdout.flush()
-    except (OSError, AttributeError):
+    except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -477,6 +477,7 @@ def finish(run, result, columns, paper=""):
 
 def start(work, args):
     """Do work(args, device) as one of however many processes. Returns the exit status."""
+    checkpoint.prepare_streams()
     checkpoint.stop.listen()
     try:
         try:

@@ -379,6 +379,7 @@ def main():
     parser.add_argument("--layout", choices=LAYOUTS, help=f"what FROM cannot tell ({layouts})")
     parser.add_argument("--to", choices=("ours", "torchvision"), default="ours", help="the names in TO (default ours)")
     args = parser.parse_args()
+    checkpoint.prepare_streams()
     try:
         net, about = load(args.source, args.layout)
         save(net, about, args.target, args.to)

@@ -42,6 +42,13 @@ class RPN(RegionProposalNetwork):
         return [labels], [boxes]
 
 
+class Head(RPNHead):
+    """The RPN's layers. With autocast they alone are reduced, and not the coordinates that they are made into."""
+
+    def forward(self, maps):
+        return tuple([t.to(maps[0].dtype) for t in found] for found in super().forward(maps))
+
+
 class Detector(nn.Module):
     """A net cut before conv5_1. What stands before is shared by the RPN and, for every region that this proposes, by
     conv5_x and up, in the place of VGG-16's fc6 and fc7, and two sibling layers, which tell class and box.
@@ -72,7 +79,7 @@ class Detector(nn.Module):
         scale = short / SHORT
         self.transform = GeneralizedRCNNTransform(short, round(LONG * scale), mean, std)
         anchors = AnchorGenerator((tuple(side * scale for side in ANCHORS),), (RATIOS,))
-        head = RPNHead(channels, len(ANCHORS) * len(RATIOS))
+        head = Head(channels, len(ANCHORS) * len(RATIOS))
         before, after = {"training": 12_000, "testing": 6_000}, {"training": 2_000, "testing": 300}  # NMS at IoU 0.7
         # objects from IoU 0.7, background below 0.3; 256 anchors of which half are objects; smooth L1 with beta 1/9
         self.rpn = RPN(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
@@ -92,14 +99,14 @@ class Detector(nn.Module):
         (size,) = images.image_sizes
         if targets:
             targets[0]["size"] = size
-        maps = self.trunk(images.tensors)
+        maps = self.trunk(images.tensors).to(image.dtype)
         (proposals,), losses = self.rpn(images, {"0": maps}, targets)
         return maps, proposals, size, targets, losses
 
     def classify(self, maps, boxes):
         """Class scores (R, classes + 1) before the softmax, and for each class a box, coded (R, classes + 1, 4)."""
         x = self.head(roi_pool(maps, [boxes], self.roi, 1 / STRIDE))
-        return self.cls(x), self.box(x).unflatten(1, (-1, 4))
+        return self.cls(x).to(boxes.dtype), self.box(x).to(boxes.dtype).unflatten(1, (-1, 4))
 
     def losses(self, image, boxes, labels):
         """[3] eq. (1), of the RPN and of the regions: the sum of the four losses, and the share of the regions trained
@@ -169,4 +176,6 @@ def draw(pixels, found, classes, least=0.5):
     boxes, scores, labels = (found[key][found["scores"] >= least].cpu() for key in ("boxes", "scores", "labels"))
     names = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
     colours = [f"hsl({360 * label // len(classes)}, 100%, 40%)" for label in labels.tolist()]
-    return draw_bounding_boxes(pixels, boxes, names, colours, width=2) if names else pixels
+    if not names:
+        return pixels
+    return draw_bounding_boxes(pixels, boxes, names, colours, width=2, label_colors="white", fill_labels=True)

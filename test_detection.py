@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import VGG, vgg16
 from torchvision.models.vgg import make_layers
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image
 
 import checkpoint
 import data
@@ -408,6 +408,25 @@ def test_the_loss_is_finite(case, dtype):
     if case == "no object":  # no box is learnt from, and every region is background
         assert not net.box.weight.grad.any() and not net.rpn.head.bbox_pred.weight.grad.any()
         assert net.cls.bias.grad[0] < 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_reduced_precision(dtype):
+    """Layers are reduced, coordinates are not: these would be rounded to whole pixels, or to every eighth."""
+    net = detector().eval()
+    torch.nn.init.zeros_(net.rpn.head.bbox_pred.weight)  # proposals are anchors, and detections proposals
+    torch.nn.init.zeros_(net.box.weight)
+    with torch.autocast("cpu", dtype):
+        found = net.detect(PICTURE)["boxes"]
+        maps, proposals, (height, width), *_ = net.propose(PICTURE)
+        loss, _ = detection.objective(net.train(), PICTURE, *OBJECTS, 3)
+        loss.backward()
+    assert loss.dtype == maps.dtype == found.dtype == torch.float32 and loss.isfinite()
+    padded = type("Images", (), {"tensors": torch.zeros(1, 3, 96, 128), "image_sizes": [(height, width)]})
+    anchors = clip_boxes_to_image(net.rpn.anchor_generator(padded, [maps])[0], (height, width))
+    found = found * torch.tensor([width / 130, height / 100] * 2)
+    for boxes, among in ((proposals, anchors), (found, proposals)):
+        assert len(boxes) > 3 and ((boxes[:, None] - among).abs().amax(dim=2).amin(dim=1) < 1e-3).all()
 
 
 def test_the_loss_is_the_papers(monkeypatch):

@@ -429,7 +429,7 @@ def test_evaluations_on_a_gpu_are_those_of_a_cpu(start, flags):
         lambda module, inputs: seen.append(len(inputs[0])) if isinstance(module, models.ResNet) else None
     ):
         assert start(*words, "--test", protocols, "--out", "run", script=imagenet_train)[0] == 0
-        assert max(seen) == 40  # all there are, rather than a micro-batch
+        assert max(seen) == 128  # of 5 views of 40 images
         assert start(*CIFAR, "--images", 1500, "--out", "cifar")[0] == 0
         assert max(seen) == 1000
     gpu = {name: checkpoint.read_json(f"run/{name}.json") for name in data.PROTOCOLS}

@@ -343,7 +343,7 @@ def exact_step(unit):
 
 # Relative errors of the gradient and of the statistics, at most. On a CPU they are up to 0.0025 and 1.5e-7 in float32,
 # most of it from the few ReLUs that an error switches, and 0.19 and 2.2e-4 in bf16.
-MOST = {"float32": (0.01, 1e-5), "tf32": (0.1, 1e-3), "bf16": (0.4, 2e-3)}
+MOST = {"float32": (0.01, 1e-5), "tf32": (0.15, 1e-3), "bf16": (0.4, 2e-3)}
 
 
 @pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))

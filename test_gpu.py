@@ -343,7 +343,7 @@ def exact_step(unit):
 
 # Relative errors of the gradient and of the statistics, at most. On a CPU they are up to 0.0025 and 1.5e-7 in float32,
 # most of it from the few ReLUs that an error switches, and 0.19 and 2.2e-4 in bf16.
-MOST = {"float32": (0.01, 1e-5), "tf32": (0.1, 1e-3), "bf16": (0.4, 2e-3)}
+MOST = {"float32": (0.01, 1e-5), "tf32": (0.15, 1e-3), "bf16": (0.4, 2e-3)}
 
 
 @pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))
@@ -429,7 +429,7 @@ def test_evaluations_on_a_gpu_are_those_of_a_cpu(start, flags):
         lambda module, inputs: seen.append(len(inputs[0])) if isinstance(module, models.ResNet) else None
     ):
         assert start(*words, "--test", protocols, "--out", "run", script=imagenet_train)[0] == 0
-        assert max(seen) == 40  # all there are, rather than a micro-batch
+        assert max(seen) == 128  # of 5 views of 40 images
         assert start(*CIFAR, "--images", 1500, "--out", "cifar")[0] == 0
         assert max(seen) == 1000
     gpu = {name: checkpoint.read_json(f"run/{name}.json") for name in data.PROTOCOLS}

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -415,47 +414,6 @@ def test_reduced_precision(start, precision):
     assert status == 0
     result = json.loads(pathlib.Path("run/result.json").read_text())
     assert result["precision"] == precision and result["diverged"] is False
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-@pytest.mark.parametrize("precision", ("float32", "bf16"))
-def test_graphed_steps_equal_plain_ones(start, monkeypatch, precision):
-    words = [*TINY, "--device", "cuda", "--depth", 20, "--iterations", 20, "--warmup", 3, "--precision", precision]
-    status, printed = start(*words, "--out", "graphed")
-    assert status == 0 and "without a CUDA graph" not in printed
-    monkeypatch.setattr(training, "graphed", lambda iterate, *more: iterate)
-    assert start(*words, "--out", "plain")[0] == 0
-    graphed, plain = (checkpoint.load(out) for out in ("graphed", "plain"))
-    assert all(torch.equal(value, plain["model"][name]) for name, value in graphed["model"].items())
-    for i, state in graphed["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], plain["optimizer"]["state"][i]["momentum_buffer"])
-    assert torch.equal(graphed["sums"], plain["sums"])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_run_on_a_gpu_continues_to_the_same_bits(start, monkeypatch):
-    """Through a drop of the learning rate after the interruption: the captured step still sees it."""
-    words = [*TINY, "--device", "cuda", "--iterations", 40, "--checkpoint-seconds", 0]
-    assert start(*words, "--out", "whole")[0] == 0
-    check, calls = checkpoint.Stop.check, []
-
-    def stop_after_15(self, due=False):
-        calls.append(due)
-        if len(calls) == 15:
-            raise checkpoint.Stopped(signal.SIGTERM)
-        return check(self, due)
-
-    monkeypatch.setattr(checkpoint.Stop, "check", stop_after_15)
-    assert start(*words, "--out", "parts")[0] == 143
-    assert start(*words, "--out", "parts")[0] == 0
-    whole, parts = (checkpoint.load(out)["model"] for out in ("whole", "parts"))
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_step_that_cannot_be_a_graph_says_so(start):
-    status, printed = start(*TINY, "--device", "cuda", "--unit", "basic-dropout-shortcut", "--out", "run")
-    assert status == 0 and "without a CUDA graph: dropout" in printed
 
 
 @pytest.mark.parametrize("launched", (False, True))

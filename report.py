@@ -1,6 +1,6 @@
 """The papers' tables and figures, their numbers beside ours, from the run folders under results/.
 
-    python report.py                        # results/README.md, its figures, and the tables at the top of README.md
+    python report.py                        # results/README.md, its figures, and the results in README.md
     python report.py RUN [RUN ...]          # the curve of any run, finished or not: curve.png in its folder
 
 A table shows finished runs only: those in results/<a name of run_all.sh>/seed<n>. Nothing is measured here.
@@ -469,17 +469,17 @@ START, END = "<!-- written by report.py -->", "<!-- end -->"
 
 
 def with_headline(text, rows):
-    """README.md's text with the part between the two marks written anew: the short schedule, and the papers' nets."""
-    lines = ["![test error of each unit](results/short.svg)", "", short_note(rows), "", *short_table(rows), ""]
+    """README.md's text with the part between the two marks written anew: the papers' nets, and the short schedule."""
     nets = {}
     for cell in cells():
         if rows.get(cell["run"]) and cell["table"] not in ("open", *SHORT):
             label = cell["run"] + ("" if cell["metric"] == "test error %" else f", {cell['metric']}")
             nets.setdefault(cell["run"], (label, cell["paper"], ours_beside(cell, rows)))
+    lines = ["None of the papers' nets has been run on its full schedule of 64,000 iterations yet."]
     if nets:
-        lines = [*markdown("| the papers' nets, full schedule | paper | ours |", nets.values()), "", *lines[:-1]]
-    else:
-        lines.append("None of the papers' nets has been run on its full schedule of 64,000 iterations yet.")
+        lines = markdown("| the papers' nets, full schedule | paper | ours |", nets.values())
+    lines += ["", "All units [in an evening on a laptop](results/README.md#the-short-schedule):", short_note(rows), ""]
+    lines.append("![test error of each unit](results/short.svg)")
     before, _, rest = text.partition(START)
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 

@@ -556,10 +556,12 @@ def test_the_recipe_for_own_pictures(start):
     exif = Image.Exif()
     exif[0x112] = 6
     photograph(90, 70).save("pictures/cat/2.jpg", exif=exif)
+    pathlib.Path("pictures/.hidden").write_text("")
+    pathlib.Path("pictures/dog/.hidden").write_text("")
     exec(blocks[0].partition("<<'END'\n")[2].partition("END\n")[0], {})
     sizes = {Image.open(path).size: path.as_posix() for path in pathlib.Path("mine").rglob("*.jpg")}
     assert sizes.pop((70, 90)) == "mine/train/cat/2.jpg" and list(sizes) == [(90, 70)]
-    assert [len([*pathlib.Path("mine", half).rglob("*.jpg")]) for half in ("train", "val")] == [18, 6]
+    assert [len([*pathlib.Path("mine", half).rglob("*.jpg")]) for half in ("train", "val")] == [19, 5]
     lines = "".join(blocks[1:]).replace("FROM", "runs/mine").splitlines()
     assert [line.split()[1] for line in lines] == ["imagenet_train.py", "predict.py"] * 2
     for line in lines:

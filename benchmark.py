@@ -408,6 +408,8 @@ def main():
         figures, notes = FIGURES[args.figure](args)
     except (ValueError, OSError, EOFError) as error:
         checkpoint.fail(str(error) or "the other's process has ended")
+    except (RuntimeError, MemoryError) as error:
+        return training.status_of(error)
     where = checkpoint.environment({"device": args.device.type, "precision": args.precision})
     where |= {"cores": os.cpu_count(), "load average": [before, os.getloadavg()[0]], "clock": args.clock}
     if args.json:

@@ -109,7 +109,7 @@ def prepare_streams():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -266,8 +266,9 @@ class Run:
 
     def __init__(self, folder, identity, columns=()):
         self.folder, self.identity, self.mine = pathlib.Path(folder), identity, dist.get_rank() == 0
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{folder} is a file, and a run needs a folder: choose another --out")
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            kind = "a file" if os.path.exists(folder) else "a link to nowhere"
+            raise ValueError(f"{folder} is {kind}, and a run needs a folder: choose another --out")
         self.whole, self.unsaved, self.status = False, set(), 0
         self.refuse_another()
         self.result = read_result(folder, columns)
@@ -290,13 +291,16 @@ class Run:
         """
         if not self.mine:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")  # held as long as this object lives
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")  # held as long as this object lives
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be written ({error.strerror}): choose another --out") from None
         lock = weakref.ref(self.lock)
         os.register_at_fork(after_in_child=lambda: lock() and lock().close())  # not by workers that may outlive it
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the second is what SMB answers when another holds the lock
             message = f"another program is writing {self.folder}: wait for it, or choose another --out"
             raise InUse(message) from None
         except OSError as error:
@@ -472,7 +476,7 @@ def read_json(path):
     """The dict in a JSON file; ValueError when it is damaged."""
     try:
         content = json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it holds neither flags nor results")
@@ -486,6 +490,8 @@ def read_result(folder, columns=()):
     result = read_json(path) if path.exists() else None
     if result is not None and not {"diverged", *columns} <= result.keys():
         raise ValueError(f"{path} cannot be read: it lacks {', '.join({'diverged', *columns} - result.keys())}")
+    if result and not result["diverged"] and not all(isinstance(result[name], (int, float)) for name in columns):
+        raise ValueError(f"{path} cannot be read: one of {', '.join(columns)} is no number")
     return result
 
 
@@ -497,17 +503,24 @@ def temporary(path):
     return path.with_name(path.name + ".tmp")
 
 
-def sync_folder(folder):
-    """Make renames in a folder durable, where its file system can do that and the folder may be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
+def sync(descriptor):
+    """Have the disk hold what was written, where the file system can do that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def sync_folder(folder):
+    """Make renames in a folder durable, where its file system can do that and the folder may be opened and synced."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with contextlib.suppress(PermissionError):
+            sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -518,12 +531,13 @@ def write(path, content, keep=None):
         with open(temporary(path), "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary(path), path)
         sync_folder(path.parent)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)
         with contextlib.suppress(OSError):
             temporary(path).unlink()  # it may be what fills the disk
         raise

@@ -194,8 +194,9 @@ def evaluate_run(flags, device):
             raise ValueError(f"{source} has {len(about['classes'])} classes, as --dataset {args.dataset} has not")
         args.data = flags.data or vars(args).get("data") or "data"
         test = [t.to(device) for t in (*load_sets(args)["test"], about["mean"], about["std"])]
+        precision = Precision(args.precision, device)
     net.to(device, memory_format=torch.channels_last)
-    error = evaluate(net, *test, Precision(args.precision, device))
+    error = evaluate(net, *test, precision)
     print_line(f"{source}: test error {error:.2f} %{when}")
     return 0
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import signal
+import stat
 import sys
 from xml.etree import ElementTree
 
@@ -176,6 +177,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
+SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # folders of no user's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -203,8 +205,8 @@ def imagenet_part(dataset, root, part, limit=0):
 
 class ImageFiles:
     """The pictures in a folder that holds one folder per class, at any depth. Hidden files and folders (.name) are
-    neither pictures nor classes. Raises ValueError when a folder cannot be read, a class has no pictures, or pictures
-    lie beside the folders of the classes."""
+    neither pictures nor classes, and those that systems leave behind are not either. Raises ValueError when a folder
+    cannot be read or is read twice, a class has no pictures, or pictures lie beside the folders of the classes."""
 
     def __init__(self, folder):
         if not folder.is_dir():
@@ -238,17 +240,29 @@ class ImageFiles:
         return os.fsdecode(self.names[index])
 
     def open(self, index):
-        return Image.open(self.name(index))
+        return open_picture(self.name(index))
+
+
+def open_picture(path):
+    """A picture's file as PIL opens it. Raises ValueError for a pipe, which would be waited for, and its like."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return Image.open(path)
 
 
 def visible(folder):
-    """os.walk without hidden files and folders. Raises ValueError when a folder cannot be read."""
+    """os.walk without hidden files and folders. Raises ValueError when a folder cannot be read, or when links lead to
+    one twice, as they might do without end."""
+    real = set()
 
     def refuse(error):
         raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}")
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in real:
+            raise ValueError(f"the folder {place} is {os.path.realpath(place)} once more: remove the link to it")
+        real.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in SYSTEM]
         yield place, folders, sorted(name for name in files if not name.startswith("."))
 
 
@@ -616,16 +630,16 @@ class VOCImages(ImageFiles):
         files, found = [], {}
         for folder, part in parts:
             try:
-                names = (folder / "ImageSets/Main" / f"{part}.txt").read_text().split()
-            except (OSError, UnicodeDecodeError) as error:
+                lines = os.fsdecode((folder / "ImageSets/Main" / f"{part}.txt").read_bytes()).splitlines()
+            except OSError as error:
                 raise ValueError(f"{folder} is not in VOC's layout: {error}") from None
-            files += [folder / "JPEGImages" / f"{name}.jpg" for name in names]
+            files += [folder / "JPEGImages" / f"{line.strip()}.jpg" for line in lines if line.strip()]
         for file in files[: limit or None]:
             objects = [o for o in voc_objects(file, classes) if not (train and o[2])]
             if objects or not train:
                 found[file] = objects
-        if not any(found.values()):
-            raise ValueError(f"no image of {parts[0][1]}.txt in {parts[0][0]} has an object")
+        if all(difficult for objects in found.values() for _, _, difficult in objects):
+            raise ValueError(f"no image of {parts[0][1]}.txt in {parts[0][0]} has an object that is not difficult")
         self.classes = classes or sorted({name for objects in found.values() for name, _, _ in objects})
         self.names, self.labels, self.objects = np.array([os.fsencode(f) for f in found]), np.arange(len(found)), []
         for objects in found.values():
@@ -640,7 +654,7 @@ def voc_objects(file, classes):
     path = where = file.parents[1] / "Annotations" / f"{file.stem}.xml"
     objects, sides = [], ("xmin", "ymin", "xmax", "ymax")
     try:
-        with Image.open(file) as image:
+        with open_picture(file) as image:
             width, height = image.size
         for n, element in enumerate(ElementTree.parse(path).iterfind("object"), 1):
             where = f"{path}, object {n}"

@@ -295,9 +295,9 @@ def evaluate_run(flags, device):
         _, images = data.load_detection(args.dataset, flags.data or args.data, args.train, args.images)
         if images.classes != state["about"]["classes"]:
             raise ValueError(f"{folder} is of {', '.join(args.classes)} and the images of {', '.join(images.classes)}")
-        net = detection.of_run(args, state)
+        net, precision = detection.of_run(args, state), Precision(args.precision, device)
     net.to(device, memory_format=torch.channels_last)
-    found, aps, maps = evaluate(net, images, Precision(args.precision, device), flags.workers, device)
+    found, aps, maps = evaluate(net, images, precision, flags.workers, device)
     with checkpoint.all_or_none():
         draw(images, found, flags.draw, folder, checkpoint.write)
     for name, ap in aps.items():

@@ -114,10 +114,12 @@ def resolve_weights(args):
 
 
 def at_least(args, **minima):
-    """Raises ValueError when a flag is below its minimum."""
+    """Raises ValueError when a flag is below its minimum, or a whole number above what there can be."""
     for name, least in minima.items():
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+        value, most = getattr(args, name), 1000 if name in ("workers", "threads") else 2**63 - 1
+        if not value >= least or isinstance(value, int) and value > most:
+            bound = f"least {least}" if not value >= least else f"most {most}"
+            raise ValueError(f"--{name.replace('_', '-')} must be at {bound}, not {value}")
 
 
 def check_recipe(args):
@@ -125,8 +127,6 @@ def check_recipe(args):
     at_least(args, batch_size=1, micro_batch=1, seed=0, checkpoint_seconds=0)
     if not 0 < args.lr <= torch.finfo(torch.float32).max:
         raise ValueError(f"--lr must be a positive float32, not {args.lr}")
-    if args.seed >= 2**63:
-        raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if args.batch_size % args.micro_batch:
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
     count, world = args.batch_size // args.micro_batch, whole_number("WORLD_SIZE", 1)

@@ -292,14 +292,15 @@ def refuse_other_images(folder, count, classes):
     """Raises ValueError when a run was begun on another number of images, or other classes, than there are now."""
     path = pathlib.Path(folder, "config.json")
     config = checkpoint.read_json(path) if path.exists() else {}
-    names = config.get("about", {}).get("classes", config.get("classes"))
+    about = config.get("about")
+    names = about.get("classes") if isinstance(about, dict) else config.get("classes")
     number = len(names) if isinstance(names, list) else names  # a run from before `about` wrote how many there were
     if config.get("dataset") != "imagenet" or (config.get("images"), names) in (
         (count, classes),
         (count, len(classes)),
     ):
         return
-    differ = sorted({*names} ^ {*classes}) if isinstance(names, list) else []
+    differ = sorted({*map(str, names)} ^ {*classes}) if isinstance(names, list) else []
     raise ValueError(
         f"{folder} was begun on {config.get('images')} training images of {number} classes, and there are now {count} "
         f"of {len(classes)}{' (differing: ' + ', '.join(differ[:5]) + ')' if differ else ''}. Put back what "
@@ -363,7 +364,10 @@ def evaluate_runs(flags, device):
             nets.append((net, Precision(other.precision, device), scale_of(about, device)))
         out = flags.out or flags.evaluate[0]
         if flags.out:
-            pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+            try:
+                pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--out {out} cannot be a folder ({error.strerror}): choose another") from None
         about = {"runs": flags.evaluate, "iterations": [iteration for _, iteration, _, _ in runs]}
         about |= {"recompute_bn": flags.recompute_bn}
         before = (checkpoint.read_result(out) if flags.out else None) or about

@@ -67,6 +67,8 @@ def cifar_resnet(depth, unit, num_classes=10, **unit_args):
         raise ValueError(
             f"depth {depth} is impossible with {unit.weights} weight layers a unit: it is {step}n + 2, near it {near}"
         )
+    if depth > 10_000:
+        raise ValueError(f"depth {depth} is more than this code builds: 10,000 layers")
     stem = conv(3, 3, 16), nn.BatchNorm2d(16), nn.ReLU()
     return ResNet(stem, 16, [count] * 3, unit, num_classes, unit_args)
 

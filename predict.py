@@ -32,7 +32,7 @@ import weights
 
 def views_of(path, protocol, size):
     """The views of a picture, each (H, W, 3), and whether it was turned. Raises whatever reading it does."""
-    with Image.open(path) as image:
+    with data.open_picture(path) as image:
         upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
         if protocol is None:
             return data.centre(*data.scaled(upright, size), size), upright is not image
@@ -89,7 +89,7 @@ def find_objects(net, classes, paths, least=0.5):
     for number, path in enumerate(paths):
         found = {"picture": path}
         try:
-            with Image.open(path) as image:
+            with data.open_picture(path) as image:
                 upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
                 found["turned"], pixels = upright is not image, data.decode(upright, 1).permute(2, 0, 1)
             objects = net.detect(pixels.to(net.cls.weight.device).float() / 255)
@@ -158,7 +158,7 @@ def say(line):
         tqdm.write(line)
         sys.stdout.flush()
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import pathlib
 import re
 import statistics
@@ -457,7 +458,7 @@ def draw_run(folder):
         axes.set(ylabel=label, **({"yscale": "log"} if label == "loss" else {"ylim": (0, None)}))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[-1, 0].set(xlabel="iterations")
-    grid[0, 0].set_title(folder.resolve().name, fontsize=10, parse_math=False)
+    grid[0, 0].set_title(os.fsencode(folder.resolve().name).decode("utf-8", "replace"), fontsize=10, parse_math=False)
     with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.02, not 2 x 10^-2
         save(figure, folder / "curve", "png")
     return folder / "curve.png"
@@ -530,6 +531,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=pathlib.Path, metavar="RUN", help="folders of runs")
     args = parser.parse_args()
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be text
     for folder in args.runs:
         try:
             print(draw_run(folder))

@@ -535,6 +535,7 @@ def test_listing_is_image_folders_without_hidden_files(tmp_path, capsys, monkeyp
     assert [(ours.name(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples and len(ours) == 19
     assert ours.classes == theirs.classes == ["B", "a b", "b", "é"] and capsys.readouterr().err == ""
     hidden = ["b/._2.JPEG", "b/.cache/1.jpg", "b/a/.thumbnails/deep/1.png", ".ipynb_checkpoints/0.jpg", "._0.jpg"]
+    hidden += ["__MACOSX/b/1.jpg", "@eaDir/1.jpg", "b/@eaDir/2.JPEG/SYNOPHOTO_THUMB_M.jpg", "lost+found/1.jpg"]
     touch(tmp_path, *hidden, "b/.DS_Store")
     again = data.ImageFiles(tmp_path)
     assert again.classes == ours.classes and again.names.tolist() == ours.names.tolist()
@@ -554,6 +555,21 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path):
     images = data.ImageFiles(tmp_path)
     view = view_of(data.test_views, "1-crop", 32)
     assert data.make_batch(images, view, data.test_batch, [(0,)])[1] == [(0, (32, 32, 3))]
+
+
+def test_files_and_folders_without_end(tmp_path):
+    """A pipe is not waited for, and links are not followed round and round."""
+    touch(tmp_path, "a/0.jpg", "b/0.jpg")
+    os.mkfifo(tmp_path / "a" / "1.jpg")
+    with pytest.raises(ValueError, match="a/1.jpg cannot be read: it is no regular file"):
+        data.make_batch(data.ImageFiles(tmp_path), None, None, [(1,)])
+    for link, target in (("a/up", ".."), ("b/self", "."), ("b/other", "../a")):
+        os.symlink(target, tmp_path / link)
+        if target != "../a":  # a link to elsewhere is followed
+            with pytest.raises(ValueError, match="/self is .* once more|/up/.* is .* once more"):
+                data.ImageFiles(tmp_path)
+            os.unlink(tmp_path / link)
+    assert len(data.ImageFiles(tmp_path)) == 5
 
 
 def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):

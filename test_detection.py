@@ -4,6 +4,7 @@ wrong has a test that would catch it. No test looks at a clock."""
 import csv
 import json
 import math
+import os
 import pathlib
 import re
 import signal
@@ -91,6 +92,16 @@ def test_difficult_objects_and_images_without_any(tmp_path):
     assert all(boxes.shape == (len(labels), 4) for boxes, labels, _ in test.objects)
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    write_voc(tmp_path, {"a": ((50, 40), [GOOD])}, {"train": "a", "val": "a"})
+    for folder, ending in ("JPEGImages", "jpg"), ("Annotations", "xml"):
+        (tmp_path / folder / f"a.{ending}").rename(tmp_path / folder / f"caf\udce9 1.{ending}")
+    for part in "train", "val":
+        (tmp_path / f"ImageSets/Main/{part}.txt").write_bytes(b"caf\xe9 1\r\n\r\n")
+    train, test = data.load_detection("voc", tmp_path)
+    assert train.open(0).size == test.open(0).size == (50, 40)
+
+
 GOOD = ("cat", 1, 1, 9, 9)
 BAD_OBJECTS = [
     ([GOOD, ("dog", 9, 1, 3, 9)], "object 2: its box [9.0, 1.0, 3.0, 9.0] contains no pixel"),
@@ -123,6 +134,11 @@ def test_a_folder_that_is_not_in_vocs_layout(tmp_path, monkeypatch):
     assert "b.xml, object 1: its name 'cow' is none of cat" in problem()
     assert "no image of val.txt in" in problem(val="c") and "no image of train.txt in" in problem(train="c", val="a")
     assert "JPEGImages/d.jpg" in problem(train="ad", val="a")
+    write_voc(tmp_path, {"h": ((50, 40), [("cat", 1, 1, 9, 9, DIFFICULT)])}, {})
+    assert "no image of val.txt in" in problem(train="a", val="h")  # difficult objects have no average precision
+    (tmp_path / "JPEGImages/b.jpg").unlink()
+    os.mkfifo(tmp_path / "JPEGImages/b.jpg")
+    assert "b.xml: it is no regular file" in problem(train="a", val="b")
     (tmp_path / "ImageSets/Main/val.txt").unlink()
     assert "is not in VOC's layout" in problem(train="a")
 

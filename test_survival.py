@@ -269,6 +269,31 @@ def test_a_closed_error_stream_ends_nothing(start, monkeypatch):
         closed.close()
 
 
+@pytest.mark.parametrize("stream", ("closed", "broken", "full"))
+def test_a_process_ends_at_once_though_nobody_reads(stream):
+    reading, writing = os.pipe()
+    if stream == "full":
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+    process = os.fork()
+    if not process:
+        signal.setitimer(signal.ITIMER_REAL, 10)  # so that a failure does not hang
+        os.close(reading)
+        os.dup2(writing, 2)
+        if stream == "closed":
+            os.close(2)
+        if stream == "broken":
+            os.close(writing)
+        checkpoint.end_at_once(signal.SIGTERM)
+    os.close(writing)
+    if stream == "broken":
+        os.close(reading)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
+
+
 def test_a_forked_child_does_not_listen(start):
     """A loader's worker: what asks the run to stop must not end it, nor pass for a signal to its parent."""
     assert start(*TINY.split(), "--out", "run")[0] == 0

@@ -6,6 +6,7 @@ import csv
 import errno
 import fcntl
 import functools
+import io
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch.distributed as dist
 import checkpoint
 import cifar_train
 import data
+import imagenet_train
 import models
 import training
 import units
@@ -560,19 +563,28 @@ def test_a_first_try_that_failed_leaves_the_folder_free(start, monkeypatch):
 
 def test_file_systems_without_locks_or_folder_syncs(start, monkeypatch):
     """Network file systems refuse either: the run goes on, and says once that nothing keeps other programs out."""
-    fsync = os.fsync
+    fsync, folders = os.fsync, stat.S_ISDIR
 
     def unsupported(*words):
         raise OSError(numbers[0], os.strerror(numbers[0]))
 
     def files_alone(descriptor):
-        return unsupported() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+        return unsupported() if folders(os.fstat(descriptor).st_mode) else fsync(descriptor)
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "fsync", unsupported)  # of files neither
+    numbers = [errno.ENOSYS]
+    status, printed = start(*TINY, "--out", "nothing-synced")
+    assert status == 0 and "could not be written" not in printed
     monkeypatch.setattr(os, "fsync", files_alone)
     for numbers in ([errno.ENOSYS], [errno.ENOLCK], [errno.EOPNOTSUPP], [errno.EINVAL]):
         status, printed = start(*TINY, "--out", f"run{numbers[0]}")
         assert status == 0 and printed.count("cannot be locked") == 1 and "finished: test error" in printed
+    for number in (errno.EPERM, errno.EACCES):  # a folder that may not be synced; a lock that another holds, in SMB
+        numbers = [number]
+        checkpoint.sync_folder(".")
+        status, printed = start(*TINY, "--out", "run")
+        assert status == 3 and "another program is writing run" in printed
     numbers = [errno.EIO]  # a lock that fails for another reason is an error
     status, printed = start(*TINY, "--out", "run")
     assert status == 2 and "Input/output error" in printed and "Traceback" not in printed
@@ -588,6 +600,76 @@ def test_evaluating_an_unnamed_run_is_not_training(start):
     assert status == 2 and "afile is a file, and a run needs a folder" in printed
     status, printed = start("--evaluate", "afile")
     assert status == 2 and "afile holds no weights" in printed
+    os.symlink("nowhere", "link")
+    os.mkfifo("pipe")  # to read it would be to wait for ever
+    for words, message in (
+        ((*TINY, "--out", "link"), "link is a link to nowhere, and a run needs a folder"),
+        ((*TINY, "--out", "afile/run"), "afile/run cannot be written (Not a directory): choose another --out"),
+        (("--evaluate", "pipe"), "there is no folder or file pipe"),
+    ):
+        status, printed = start(*words)
+        assert status == 2 and message in printed
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "utf-8", None))
+def test_streams_that_cannot_print(start, monkeypatch, encoding):
+    """A name that the encoding lacks is escaped, and closed streams (Python has None for them) end no run."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) if encoding else None for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert start(*TINY, "--out", "r\xfcn\udcff")[0] == 0
+    if encoding:
+        printed = streams[0].buffer.getvalue().decode(encoding)
+        assert ("; in r\\xfcn\\udcff\n" if encoding == "ascii" else "; in r\xfcn\\udcff\n") in printed
+
+
+def test_numbers_of_the_environment(start, monkeypatch):
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        with monkeypatch.context() as patch:
+            for variable, value in (launched | {name: "x"}).items():
+                patch.setenv(variable, value)
+            status, printed = start(*TINY, "--out", "run")
+            assert status == 2 and f"the environment's {name} is 'x', but should be a whole number" in printed
+    for value, cores in (("", None), ("0", None), ("100000", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        assert training.cores_of_a_process() == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_numbers_without_bounds(start, monkeypatch):
+    """They are refused at once, rather than counted up to."""
+    huge = "1" + "0" * 400
+    for words, message in (
+        (("--iterations", huge), "--iterations must be at most 9223372036854775807"),
+        (("--batch-size", 10**12), "--batch-size 1000000000000 is more than 1,000 times the 40 images"),
+        (("--depth", 6 * 10**11 + 2), "depth 600000000002 is more than this code builds"),
+    ):
+        status, printed = start(*TINY, *words, "--out", "run")
+        assert status == 2 and message in printed
+    status, printed = start("--workers", 10**9, "--epochs", huge, script=imagenet_train)
+    assert status == 2 and "--epochs must be at most" in printed
+    status, printed = start("--workers", 10**9, script=imagenet_train)
+    assert status == 2 and "--workers must be at most 1000" in printed
+
+
+def test_too_few_threads(start, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    status, printed = start(*TINY, "--out", "run")
+    assert status == 2 and "cifar_train.py: can't start new thread" in printed
+
+
+@pytest.mark.parametrize("values", ('"x"', "null", "[1]"))
+def test_a_result_that_is_no_number(start, values):
+    pathlib.Path("run").mkdir()
+    pathlib.Path("run/result.json").write_text(f'{{"diverged": false, "test_error": {values}}}')
+    with pytest.raises(ValueError, match="one of test_error is no number"):
+        checkpoint.read_result("run", ["test_error"])
+    pathlib.Path("run/result.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="result.json cannot be read"):
+        checkpoint.read_result("run", ["test_error"])
 
 
 def test_without_git(start, monkeypatch):

@@ -191,7 +191,7 @@ def own_micro_batches(args):
 def cores_of_a_process():
     """How many of the machine's cores each of the processes on it has for itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(cores // checkpoint.whole_number("LOCAL_WORLD_SIZE", 1), 1)
+    return max(cores // max(checkpoint.whole_number("LOCAL_WORLD_SIZE", 1), 1), 1)
 
 
 def peak_memory(device):
@@ -210,7 +210,7 @@ def print_line(line):
         tqdm.write(line)
         sys.stdout.flush()
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 def duration(seconds):
@@ -228,7 +228,7 @@ def rows_at(iterations, trained, evaluated):
 
     trained: images in all iterations. evaluated: images in one evaluation.
     """
-    every = math.ceil(iterations / 32)
+    every = -(-iterations // 32)
     rows = [*range(every, iterations, every), iterations]
     most = max(1, int(0.1 * 3 * trained / evaluated))
     return {*rows}, {*rows[:: -math.ceil(len(rows) / most)]}
@@ -286,6 +286,8 @@ class Training:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss and error since a row; loss of the tail
         self.iteration, self.rows, self.waited, seconds, self.diverged = 0, [], 0.0, 0.0, False
         with checkpoint.all_or_none(args.out):
+            if args.batch_size > 1000 * images:
+                raise ValueError(f"--batch-size {args.batch_size} is more than 1,000 times the {images} images")
             state = run.load()
             if state:
                 net.load_state_dict(state["model"])
@@ -478,11 +480,11 @@ def finish(run, result, columns, paper=""):
 def start(work, args):
     """Do work(args, device) as one of however many processes. Returns the exit status."""
     checkpoint.prepare_streams()
-    checkpoint.stop.listen()
     try:
         try:
+            checkpoint.stop.listen()
             device = checkpoint.start_processes(args.device, args.timeout)
-        except ValueError as error:
+        except (ValueError, OSError, RuntimeError) as error:  # there may be too few files or threads
             checkpoint.fail(error)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         return work(args, device)

@@ -58,8 +58,8 @@ def load(path, layout=None):
     Raises ValueError when the file is not there, is damaged, does not fit or holds more than tensors and plain values.
     """
     path = pathlib.Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no {path}: weights come from a run's folder or a file")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"there is no folder or file {path}: weights come from a run's folder or a file")
     state, about = read(path)
     try:
         usual = usual_layout(state)

@@ -215,6 +215,7 @@ def test_every_iteration_is_saved(undisturbed_folder):
     assert phase(undisturbed_folder)[0] == 2 * 257 + 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
     """By a process whose peer does not come, at once; and, the second time, by one whose peer halts."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -350,6 +351,7 @@ def await_checkpoints(out, count, alive):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("script", RUNS)
 def test_kill_a_random_rank(fork, script, tmp_path, report):
     """torchrun starts both processes again, until the run ends as one that nobody disturbed."""

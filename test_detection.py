@@ -900,7 +900,7 @@ BAD = [
     ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
     ("--vgg --weights nowhere.pth", "nowhere.pth is no file of torchvision's vgg16"),
     ("--compile", "--compile: images have many sizes"),
-    ("--weights nowhere.pth --dataset synthetic --images 1", "there is no nowhere.pth"),
+    ("--weights nowhere.pth --dataset synthetic --images 1", "nowhere.pth: weights come from"),
     ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),
     ("--evaluate nowhere", "there is no run in nowhere"),
     ("--evaluate nowhere --short 64", "--evaluate goes without --short"),
@@ -916,6 +916,20 @@ def test_bad_input(start, words, message, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.VOCDetection", offline)
     status, printed = start(*words.split(), "--device", "cpu")
     assert status == 2 and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 1 GPU, and torch sees 0")
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+def test_a_run_on_a_gpu(start, quick, precision):
+    """And from its state the same is found on a CPU."""
+    assert start(*TINY, "--device", "cuda", "--precision", precision, "--out", "run")[0] == 0
+    rows = checkpoint.load("run")["rows"]
+    assert len(rows) == 6 and all(math.isfinite(row["train_loss"]) for row in rows)
+    net, image = detection.of_run(*checkpoint.read_run("run")), torch.rand(3, 128, 128)
+    here, there = net.detect(image), net.cuda().detect(image.cuda())
+    assert len(here["scores"]) == len(there["scores"]) > 0
+    torch.testing.assert_close(there["scores"].cpu(), here["scores"], rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -231,9 +231,9 @@ def main():
     torch.set_num_threads(1)  # so that the numbers do not depend on the number of cores
     try:
         if args.responses is None:
-            print(write_page(args.depth))
+            checkpoint.print_out(write_page(args.depth))
         for folder in args.responses or ():
-            print(measure_responses(folder))
+            checkpoint.print_out(measure_responses(folder))
     except (ValueError, OSError) as error:
         print(f"propagation.py: {error}", file=sys.stderr)
         return 2

@@ -413,15 +413,15 @@ def main():
     where = checkpoint.environment({"device": args.device.type, "precision": args.precision})
     where |= {"cores": os.cpu_count(), "load average": [before, os.getloadavg()[0]], "clock": args.clock}
     if args.json:
-        print(json.dumps({"figures": figures, "notes": notes, "environment": where}))
+        checkpoint.print_out(json.dumps({"figures": figures, "notes": notes, "environment": where}))
     else:
-        print(f"\n## `{where.pop('command')}`\n")
-        print("| | milliseconds | times the first: median (quartiles) |\n|---|---|---|")
+        checkpoint.print_out(f"\n## `{where.pop('command')}`\n")
+        checkpoint.print_out("| | milliseconds | times the first: median (quartiles) |\n|---|---|---|")
         for name, figure in figures.items():
             low, middle, high = figure["ratio"]
-            print(f"| {name} | {1000 * figure['seconds']:,.4g} | {middle:.2f} ({low:.2f}, {high:.2f}) |")
+            checkpoint.print_out(f"| {name} | {1000 * figure['seconds']:,.4g} | {middle:.2f} ({low:.2f}, {high:.2f}) |")
         notes, where = ("; ".join(f"{name}: {shown(v)}" for name, v in found.items()) for found in (notes, where))
-        print(f"\n{args.pairs} turns. {notes}.\n\n{where}.")
+        checkpoint.print_out(f"\n{args.pairs} turns. {notes}.\n\n{where}.")
     *_, last = figures.values()
     return 1 if args.min_ratio is not None and last["ratio"][0] < args.min_ratio else 0
 

@@ -89,6 +89,10 @@ def start_processes(device, timeout=600):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=nccl)
         control = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
+        if "interface" in str(error):
+            raise ValueError(
+                f"no network interface, which even one process needs (ip link set lo up): {error}"
+            ) from None
         raise ValueError(f"the processes did not find each other: {error}") from None
     return torch.device(device)
 
@@ -121,6 +125,15 @@ def whole_number(variable, default):
         return int(value)
     except ValueError:
         raise ValueError(f"the environment's {variable} is {value!r}, but should be a whole number") from None
+
+
+def print_out(line, write=print):
+    """Print to the output stream. That nobody reads it (| head), or that its disk is full, changes nothing."""
+    try:
+        write(line)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 def print_error(line):

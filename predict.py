@@ -140,7 +140,7 @@ def main():
         bad += "problem" in picture
         if "problem" in picture:
             checkpoint.print_error(f"{picture['picture']} cannot be read: {picture['problem']}")
-        say(json.dumps(picture) if args.json else block(**picture))
+        checkpoint.print_out(json.dumps(picture) if args.json else block(**picture), tqdm.write)
     return 2 if bad else 0
 
 
@@ -150,15 +150,6 @@ def block(picture, classes=(), objects=(), drawn=None, turned=False, problem=Non
     note += f": drawn in {drawn}" if drawn else ""
     boxes = [f"{100 * p:7.2f} %  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, p, box in objects]
     return "\n".join([f"{picture}{note}", *(f"{100 * p:7.2f} %  {name}" for name, p in classes), *boxes])
-
-
-def say(line):
-    """Print above the progress bar. That nobody reads it (| head) changes nothing."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 if __name__ == "__main__":

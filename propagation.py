@@ -315,11 +315,11 @@ def main():
     try:
         if args.units:
             (RESULTS / "units.svg").write_text(draw_units(), "utf-8")
-            print(RESULTS / "units.svg")
+            checkpoint.print_out(RESULTS / "units.svg")
         elif args.responses is None:
-            print(write_page(args.depth))
+            checkpoint.print_out(write_page(args.depth))
         for folder in args.responses or ():
-            print(measure_responses(folder))
+            checkpoint.print_out(measure_responses(folder))
     except (ValueError, OSError) as error:
         print(f"propagation.py: {error}", file=sys.stderr)
         return 2

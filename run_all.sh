@@ -19,13 +19,17 @@
 # both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error, under the
 # protocol of the row's first table (--test; the single crop of 224 is always evaluated).
 
+[ -n "${BASH_VERSION:-}" ] || {
+    echo "run_all.sh: start it with bash, not sh" >&2
+    exit 2
+}
 set -u
 unset CDPATH # with it, cd may go elsewhere and print where
 [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || {
-    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^\[ -n /s/^# \{0,1\}//p' "$0"
     exit
 }
-here=$(cd "$(dirname "$0")" && pwd) || exit 1
+here=$(cd "$(dirname "$(realpath "$0")")" && pwd) || exit 1
 results=${OUT:-results}
 [[ $results = /* || -z ${OUT:-} || $PWD = "$here" ]] || results=$PWD/$results
 cd "$here" || exit 1
@@ -179,10 +183,10 @@ fail() {
 }
 
 shard=${SHARD:-1/1}
-[[ $shard =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
+[[ $shard =~ ^([1-9][0-9]{0,8})/([1-9][0-9]{0,8})$ ]] && i=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && [ "$i" -le "$n" ] ||
     fail "SHARD is '$shard', but should be like 2/8: which of how many"
 jobs=${JOBS:-1}
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$jobs', but should be a whole number"
+[[ $jobs =~ ^[1-9][0-9]{0,3}$ ]] || fail "JOBS is '$jobs', but should be a whole number up to 9999"
 [[ ${SEEDS:-1} =~ ^\ *[0-9]+(\ +[0-9]+)*\ *$ ]] || fail "SEEDS is '$SEEDS', but should be like '1 2': whole numbers"
 set -f
 eval "launch=(${LAUNCH:-python})" 2>/dev/null && [ ${#launch[@]} != 0 ] ||
@@ -294,7 +298,7 @@ if [ -n "${LIST:-}" ]; then
     exit
 fi
 
-temporary=$(mktemp -d) || exit 1
+temporary=$(mktemp -d 2>/dev/null) || fail "TMPDIR is '${TMPDIR:-}', where no folder can be made"
 trap 'rm -rf "$temporary"' EXIT
 failed=$temporary/failed
 [ -z "$smoke" ] || results=$temporary

@@ -204,6 +204,9 @@ def test_words_select_rows(words, runs):
         ([], {"SHARD": "3/2"}, "SHARD is '3/2', but should be like 2/8"),
         ([], {"SEEDS": "one"}, "SEEDS is 'one', but should be like '1 2'"),
         ([], {"JOBS": "0"}, "JOBS is '0', but should be a whole number"),
+        ([], {"JOBS": "9" * 20}, f"JOBS is '{'9' * 20}', but should be a whole number"),
+        ([], {"SHARD": f"1/{'9' * 20}"}, f"SHARD is '1/{'9' * 20}', but should be like 2/8"),
+        ([], {"TMPDIR": "/nowhere", "OUT": "/nowhere"}, "TMPDIR is '/nowhere', where no folder can be made"),
         ([], {"LAUNCH": "a 'b"}, "LAUNCH is 'a 'b', but should be a command"),
         ([], {"LAUNCH": " "}, "LAUNCH is ' ', but should be a command"),
     ),
@@ -340,6 +343,8 @@ def test_folders_of_any_name(fake, out):
     assert (elsewhere / out / "cifar10/20/seed1/result.json").exists() and not (fake.folder / "results").exists()
     assert shlex.split(output.splitlines()[0])[-1] == fake.calls()[0]  # what is printed can be pasted
     assert run("cifar10/20", **options)[1].startswith("1 of 1 runs")
+    (elsewhere / "link.sh").symlink_to("../run_all.sh")
+    assert run("cifar10/20", **options | {"script": "./link.sh"})[1].startswith("1 of 1 runs")
     assert run("cifar10/20", **options | {"cwd": fake.folder, "script": "run_all.sh"})[0] == 0
     assert fake.calls()[1:] == [f"{out}/cifar10/20/seed1"]  # relative, as nobody's path belongs in config.json
 

@@ -605,7 +605,7 @@ def test_evaluating_an_unnamed_run_is_not_training(start):
     for words, message in (
         ((*TINY, "--out", "link"), "link is a link to nowhere, and a run needs a folder"),
         ((*TINY, "--out", "afile/run"), "afile/run cannot be written (Not a directory): choose another --out"),
-        (("--evaluate", "pipe"), "there is no folder or file pipe"),
+        (("--evaluate", "pipe"), "pipe is neither: weights come from a run's folder or a file"),
     ):
         status, printed = start(*words)
         assert status == 2 and message in printed

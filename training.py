@@ -203,14 +203,9 @@ def peak_memory(device):
 
 
 def print_line(line):
-    """Print a line above the progress bar, if this is process 0. That nobody reads it (| head) ends no run."""
-    if dist.get_rank() > 0:
-        return
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w", errors="replace")
+    """Print a line above the progress bar, if this is process 0."""
+    if dist.get_rank() == 0:
+        checkpoint.print_out(line, tqdm.write)
 
 
 def duration(seconds):

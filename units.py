@@ -22,6 +22,7 @@ Every unit is built as Unit(in_channels, channels, stride=1, <arguments of its o
 import argparse
 import inspect
 import re
+import sys
 
 import torch
 from torch import fx, nn
@@ -525,4 +526,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="List the units, or print all that one of them needs elsewhere.")
     parser.add_argument("name", nargs="?", choices=UNITS, metavar="NAME", help="a unit of the list")
     chosen = parser.parse_args().name
-    print(source(chosen) if chosen else "\n".join(map(summary, UNITS)))
+    try:
+        print(source(chosen) if chosen else "\n".join(map(summary, UNITS)), flush=True)
+    except OSError as error:  # nobody reads it (| head), or its disk is full
+        sys.stdout = None  # which would be written to once more at the end
+        sys.exit(f"units.py: {error.strerror}")

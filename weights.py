@@ -59,7 +59,8 @@ def load(path, layout=None):
     """
     path = pathlib.Path(path)
     if not (path.is_file() or path.is_dir()):
-        raise ValueError(f"there is no folder or file {path}: weights come from a run's folder or a file")
+        what = f"{path} is neither" if path.exists() else f"there is no {path}"
+        raise ValueError(f"{what}: weights come from a run's folder or a file")
     state, about = read(path)
     try:
         usual = usual_layout(state)
@@ -386,7 +387,9 @@ def main():
     except (ValueError, OSError) as error:
         checkpoint.fail(error)
     size = f"{pathlib.Path(args.target).stat().st_size:,} bytes"
-    print(f"{args.target}: {about['unit']}, {about['depth']} layers, {len(about['classes'])} classes, {size}")
+    checkpoint.print_out(
+        f"{args.target}: {about['unit']}, {about['depth']} layers, {len(about['classes'])} classes, {size}"
+    )
 
 
 if __name__ == "__main__":

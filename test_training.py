@@ -450,7 +450,7 @@ BAD = [
     ("--iterations many", "--iterations", "invalid int"),
     ("--lr -1", "--lr", ""),
     ("--lr 1e308", "--lr must be a positive float32", ""),
-    ("--seed 9223372036854775808", "--seed must be below", ""),
+    ("--seed 9223372036854775808", "--seed must be at most", ""),
     ("--seed -1", "--seed must be at least 0", ""),
     ("--checkpoint-seconds -1", "--checkpoint-seconds must be at least 0", ""),
     ("--timeout 0", "--timeout must be 1 ... 86400 seconds", ""),

@@ -26,6 +26,7 @@ import detection
 import detection_train
 import models
 import predict
+import training
 import units
 import weights
 from conftest import start_workers
@@ -758,9 +759,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(detection_train, "PRETRAINING", 2)
 
 
-def test_a_run_and_its_folder(start, quick, tmp_path):
+def test_a_run_and_its_folder(start, quick, monkeypatch, tmp_path):
+    objective, seeds = detection.objective, []
+    monkeypatch.setattr(detection, "objective", lambda *words: seeds.append(words[-1]) or objective(*words))
     status, printed = start(*TINY, "--out", "run")
     assert status == 0 and "Faster R-CNN on ResNet-18 (basic, " in printed and "warning: BN" not in printed
+    assert "no --weights: the net has learnt" in printed
+    assert len({*seeds}) == 12  # 6 images in 2 epochs: each sampled anew
     result = json.loads(pathlib.Path("run/result.json").read_text())
     with open("run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -771,6 +776,8 @@ def test_a_run_and_its_folder(start, quick, tmp_path):
         assert result[f"map_{rule}"] == pytest.approx(mean) == pytest.approx(float(rows[-1][f"map_{rule}"]))
     assert {"dataset": "synthetic", "unit": "basic", "diverged": False, "short": 128}.items() <= result.items()
     assert set(result["aps"]) <= set(data.Shapes.classes)
+    groups = checkpoint.load("run")["optimizer"]["param_groups"]
+    assert [(g["momentum"], g["weight_decay"]) for g in groups] == [(0.9, 5e-4), (0.9, 0)]  # the paper's
     assert [path.name for path in sorted(tmp_path.glob("run/*.png"))] == ["found-0.png"]
     assert Image.open("run/found-0.png").size == (128, 128)
     assert "already finished" in start(*TINY, "--out", "run")[1]
@@ -826,6 +833,21 @@ def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
         torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-9)
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a["train_loss"] == b["train_loss"] and a["map_area"] == b["map_area"]
+
+
+def test_training_goes_on_after_an_evaluation(world_of_one):
+    """On every image once, in order, with each class that occurs; and the net is as it was."""
+    net, images = detector().train(), data.Shapes(5, 0)
+    words = images, training.Precision("float32", torch.device("cpu")), 0, torch.device("cpu")
+    found, aps, maps = detection_train.evaluate(net, *words)
+    assert net.training and [*aps] == [
+        c for i, c in enumerate(images.classes, 1) if any(i in o[1] for o in images.objects)
+    ]
+    assert maps == {f"map_{rule}": np.mean([ap[rule] for ap in aps.values()]) for rule in ("11point", "area")}
+    net.eval()
+    for i, one in enumerate(found):
+        again = net.detect(detection_train.as_image(torch.from_numpy(images.pixels[i]), torch.device("cpu")))
+        assert torch.equal(one["boxes"], again["boxes"])
 
 
 def test_diverged_run_is_a_result(start, quick):

@@ -265,10 +265,10 @@ def test_a_process_leaves_cores_to_others(flags, monkeypatch):
     for cores, processes, workers, threads in ((16, 1, 14, 16), (16, 4, 2, 4), (2, 1, 1, 2), (4, 8, 1, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        monkeypatch.setattr(config, "compile_threads", 32)
         assert flags(*IMAGENET, script=imagenet_train).workers == workers
-        training.compile_units(net)
-        assert config.compile_threads == threads
+        with config.patch(compile_threads=32):
+            training.compile_units(net)
+            assert config.compile_threads == threads
 
 
 def test_large_views_are_evaluated_in_smaller_batches(world_of_one):

@@ -560,7 +560,7 @@ def test_weights_that_contradict(start, tmp_path):
         ("--weights before --fan-in", "--fan-in goes without --weights"),
         ("--weights large.pth", "imagenet_train.py takes it"),
         ("--evaluate large.pth", "imagenet_train.py takes it"),
-        ("--weights nowhere", "there is no folder or file nowhere"),
+        ("--weights nowhere", "nowhere: weights come from"),
         ("--layout msra", "--layout goes with --weights"),
         ("--weights before --layout msra", "begins with conv1_w"),
         ("--evaluate before/checkpoint.pt --dataset cifar100", "10 classes, as --dataset cifar100 has not"),

@@ -168,6 +168,9 @@ def test_the_parts_of_a_folder_of_ones_own(tmp_path):
     """Nothing that is tested on is trained on: trainval.txt and test.txt, or train.txt and val.txt."""
     write_voc(tmp_path, {name: ((20, 10), [GOOD]) for name in "abc"}, {"train": "a", "val": "b", "trainval": "ab"})
     assert [images.name(0)[-5] for images in data.load_detection("voc", tmp_path)] == ["a", "b"]
+    names = [f"kind {name}" for name in "hgfbacde"]  # in the order of their names, and not as they are found
+    write_voc(tmp_path / "more", {"a": ((20, 10), [(name, *GOOD[1:]) for name in names])}, {"train": "a", "val": "a"})
+    assert data.load_detection("voc", tmp_path / "more")[0].classes == sorted(names)
     write_voc(tmp_path, {}, {"test": "c"})
     train, test = data.load_detection("voc", tmp_path)
     assert (len(train), test.name(0)[-5]) == (2, "c")
@@ -509,6 +512,23 @@ def test_regions_are_pooled_where_they_lie():
     assert torch.equal(seen[0][0, 0], maps[0, 0, 1:4, 2:5])
 
 
+def test_proposals_and_what_they_are_of():
+    """12,000 anchors, and after NMS at 0.7 2,000 proposals; in tests 6,000 and 300. From an IoU of 0.5 a proposal is of
+    an object, and any other is background."""
+    net = detector()
+    for mode, before, after in ((True, 12_000, 2_000), (False, 6_000, 300)):
+        net.train(mode)
+        assert (net.rpn.pre_nms_top_n(), net.rpn.post_nms_top_n(), net.rpn.nms_thresh) == (before, after, 0.7)
+    boxes, _ = objects((0, 0, 10, 10))
+    proposals, _ = objects((0, 0, 10, 3), (0, 0, 10, 4.9), (0, 0, 10, 5.1), (50, 50, 60, 60))
+    assert net.sampler.assign_targets_to_proposals([proposals], [boxes], [torch.tensor([4])])[1][0].tolist() == [
+        0,
+        0,
+        4,
+        0,
+    ]
+
+
 def test_how_many_are_sampled():
     """256 anchors, half of them objects, and 64 regions, a quarter; the rest is filled up with background."""
     net = detector()
@@ -559,8 +579,13 @@ def test_detections_are_in_the_images_own_pixels(monkeypatch):
 
 def test_detections_are_of_each_class_by_itself(monkeypatch):
     """Above 0.05, not the background; of a class's boxes that overlap by more than 0.3 the likeliest; at most 100."""
-    regions = [[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90]]
-    scores = [[0.1, 0.5, 0.4, 0, 0, 0], [0.09, 0.61, 0.3, 0, 0, 0], [0.87, 0.04, 0.03, 0, 0, 0.06]]
+    regions = [[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90], [27, 10, 67, 50]]  # the last: IoU 0.45
+    scores = [
+        [0.1, 0.5, 0.4, 0, 0, 0],
+        [0.09, 0.61, 0.3, 0, 0, 0],
+        [0.87, 0.04, 0.03, 0, 0, 0.06],
+        [0.8, 0.2, 0, 0, 0, 0],
+    ]
     net = fixed_regions(detector(), regions, scores, monkeypatch)
     found = net.detect(torch.rand(3, 96, 96))
     assert found["labels"].tolist() == [1, 2, 5]
@@ -874,6 +899,10 @@ def test_weights_of_a_run_or_a_file(start, monkeypatch, tmp_path):
         ours = name.replace("stem.", "trunk.0.").replace("stages.3.", "head.0.").replace("last.", "head.1.")
         ours = f"trunk.{int(ours[7]) + 1}{ours[8:]}" if ours.startswith("stages.") else ours
         assert torch.equal(state["model"][ours], start_[name]), name
+    transform = detection.of_run(*checkpoint.read_run("run")).transform
+    assert transform.image_mean == pytest.approx((0.1, 0.2, 0.3)) and transform.image_std == pytest.approx(
+        [1 / 255] * 3
+    )
     assert start("--evaluate", "run", "--workers", 0, "--device", "cpu")[0] == 0  # without the file
 
 

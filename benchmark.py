@@ -15,7 +15,7 @@ What is compared runs in turn, A, B, A, B, ...: a ratio is the median (and the q
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read as torch is imported: threads that spin less share the cores
 
 import argparse
 import contextlib

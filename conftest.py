@@ -11,7 +11,7 @@ import sys
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
-    "GOMP_SPINCOUNT": "20000",
+    "GOMP_SPINCOUNT": "2000",
 }  # before torch is imported, here and in forked processes
 
 import numpy as np

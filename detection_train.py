@@ -12,7 +12,7 @@ The same command again continues a run that was stopped.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read as torch is imported: threads that spin less share the cores
 
 import argparse
 import contextlib

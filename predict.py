@@ -13,7 +13,7 @@ sees the centre of the picture scaled to a shorter side of 32, an ImageNet net t
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read as torch is imported: threads that spin less share the cores
 
 import argparse
 import itertools

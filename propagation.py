@@ -13,7 +13,7 @@ and what came through the F's.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read as torch is imported: threads that spin less share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read as torch is imported: threads that spin less share the cores
 
 import argparse
 import csv

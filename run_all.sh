@@ -33,7 +33,7 @@ here=$(cd "$(dirname "$(realpath "$0")")" && pwd) || exit 1
 results=${OUT:-results}
 [[ $results = /* || -z ${OUT:-} || $PWD = "$here" ]] || results=$PWD/$results
 cd "$here" || exit 1
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}" # OpenMP's spinning threads make a busy machine several times slower
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}" # OpenMP's spinning threads make a busy machine several times slower
 
 short="--iterations 1600 --batch-size 32 --micro-batch 32 --lr 0.05 --warmup 100"
 

@@ -394,7 +394,7 @@ def test_a_machine_without_gpus_and_rows_that_launch_starts(fake):
     assert run("imagenet/50", LAUNCH="'my torchrun' --x", JOBS="2")[0] == 0
     assert run("imagenet/101", JOBS="2", CUDA_VISIBLE_DEVICES="4,5")[0] == 0
     lines = (fake.folder / "gpus").read_text().splitlines()
-    assert lines == ["unset 20000", "unset 7", "unset 20000", "4 20000"]
+    assert lines == ["unset 2000", "unset 7", "unset 2000", "4 2000"]
     assert (fake.folder / "launched").read_text() == "--x\n"
 
 

@@ -746,7 +746,7 @@ runpy.run_path(sys.argv[1])
             variables = environment | ({"GOMP_SPINCOUNT": given} if given else {})
             words = [sys.executable, "-c", code, f"{script}.py"]
             done = subprocess.run(words, cwd=HERE, env=variables, capture_output=True, text=True)
-            assert done.stderr.strip() == (given or "20000"), script
+            assert done.stderr.strip() == (given or "2000"), script
 
 
 def test_nothing_is_selected_on_the_test_set():

@@ -134,7 +134,7 @@ def compile_units(net):
             unit.compile(dynamic=False)
 
 
-def graphed(iterate, draws, state, reason=None, timeout=600):
+def graphed(iterate, draws, state, reason=None, timeout=math.inf):
     """Captures one iteration as a CUDA graph: launching 2,000 kernels one by one takes longer than running them.
 
     iterate: a function of draws, a list of tensors of constant shapes. state: the tensors that it changes; the warm-up
@@ -409,7 +409,8 @@ class Training:
         self.generator.manual_seed(mix(self.args.seed, self.iteration, dist.get_rank()))  # for dropout
         if not self.is_graph:
             reason = "fp16" if self.args.precision == "fp16" else "dropout" if "dropout" in self.args.unit else None
-            self.compute = graphed(self.compute, draws, self.changing(), reason, self.args.timeout)
+            timeout = self.args.timeout if dist.get_world_size() > 1 else math.inf
+            self.compute = graphed(self.compute, draws, self.changing(), reason, timeout)
             self.is_graph = True
         self.compute(draws)
         self.sums[:2] += self.shared[-2:]

@@ -5,7 +5,9 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -595,12 +597,21 @@ def load_detection(dataset, root, train="07+12", limit=0):
 
     dataset: "voc" is VOC 2007's test set and the trainval sets of 2007 (train "07") and 2012 ("07+12") under `root`,
     downloaded when absent; or root itself where it is a folder in VOC's layout, with the classes found in it: its
-    trainval.txt and test.txt if it has both, or train.txt and val.txt. "synthetic" needs nothing. With a limit, the
-    first images alone (synthetic: and a fifth as many to test on). Raises ValueError naming what is not as it must be.
+    trainval.txt and test.txt if it has both, or train.txt and val.txt. "coco" is a folder in COCO's layout: its parts
+    train and val, or those of a year (train "2014" or "2017"). "synthetic" needs nothing. With a limit, the first
+    images alone (synthetic: and a fifth as many to test on). Raises ValueError naming what is not as it must be.
     """
     if dataset == "synthetic":
         return Shapes(limit or 1000, 0), Shapes(math.ceil((limit or 1000) / 5), 10**6)
     root, classes = pathlib.Path(root), None
+    if dataset == "coco":
+        if not importlib.util.find_spec("pycocotools"):
+            raise ValueError("COCO's mAP is measured by pycocotools, which is not installed: pip install pycocotools")
+        year = "" if (root / "annotations/instances_train.json").exists() else train
+        images, test = COCOImages(root, "train" + year, True, limit), COCOImages(root, "val" + year, False, limit)
+        if (images.categories, images.classes) != (test.categories, test.classes):
+            raise ValueError(f"{root / 'annotations'}: the categories of train{year} and val{year} differ")
+        return images, test
     if (root / "Annotations").is_dir():
         both = all((root / "ImageSets/Main" / f"{part}.txt").exists() for part in ("trainval", "test"))
         learn, test = [(root, "trainval" if both else "train")], (root, "test" if both else "val")
@@ -641,11 +652,8 @@ class VOCImages(ImageFiles):
         if all(difficult for objects in found.values() for _, _, difficult in objects):
             raise ValueError(f"no image of {parts[0][1]}.txt in {parts[0][0]} has an object that is not difficult")
         self.classes = classes or sorted({name for objects in found.values() for name, _, _ in objects})
-        self.names, self.labels, self.objects = np.array([os.fsencode(f) for f in found]), np.arange(len(found)), []
-        for objects in found.values():
-            boxes = torch.tensor([box for _, box, _ in objects]).view(-1, 4)
-            labels = torch.tensor([1 + self.classes.index(name) for name, _, _ in objects], dtype=torch.int64)
-            self.objects.append((boxes, labels, torch.tensor([d for _, _, d in objects], dtype=torch.bool)))
+        self.names, self.labels = np.array([os.fsencode(file) for file in found]), np.arange(len(found))
+        self.objects = [as_objects(objects, self.classes) for objects in found.values()]
 
 
 def voc_objects(file, classes):
@@ -669,6 +677,70 @@ def voc_objects(file, classes):
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
     return objects
+
+
+def as_objects(objects, classes):
+    """The tensors that stand for [(class, box, difficult), ...] of an image."""
+    boxes = torch.tensor([box for _, box, _ in objects]).view(-1, 4)
+    labels = torch.tensor([1 + classes.index(one) for one, _, _ in objects], dtype=torch.int64)
+    return boxes, labels, torch.tensor([difficult for _, _, difficult in objects], dtype=torch.bool)
+
+
+class COCOImages(ImageFiles):
+    """The images of annotations/instances_<part>.json in `root`, which lie in its folder <part>. To train on: without
+    crowds and boxes that contain nothing, and then without the images that have no object.
+
+    classes[i] is the category whose id is categories[i], and ids[i] the id of image i. truth: what pycocotools reads of
+    images to test on.
+    """
+
+    def __init__(self, root, part, train, limit):
+        path = where = root / "annotations" / f"instances_{part}.json"
+        try:
+            content = json.loads(path.read_bytes())
+            names = {category["id"]: category["name"] for category in content["categories"]}
+            images = {image["id"]: image for image in content["images"]}
+            if (len(names), len(images)) != (len(content["categories"]), len(content["images"])):
+                raise ValueError("two of its categories or two of its images have the same id")
+            found, annotations = {number: [] for number in list(images)[: limit or None]}, []
+            for n, a in enumerate(content["annotations"], 1):
+                where = f"{path}, annotation {n}"
+                if a["image_id"] not in images or a["category_id"] not in names:
+                    raise ValueError("its image or its category is not in the file")
+                x, y, w, h = map(float, a["bbox"])
+                if not math.isfinite(x + y + w + h):
+                    raise ValueError(f"its box is {a['bbox']}")
+                image, crowd = images[a["image_id"]], bool(a.get("iscrowd"))
+                box = max(x, 0.0), max(y, 0.0), min(x + w, image["width"]), min(y + h, image["height"])
+                if a["image_id"] in found and box[0] < box[2] and box[1] < box[3] and not (train and crowd):
+                    found[a["image_id"]].append((a["category_id"], box, crowd))
+                if a["image_id"] in found and not train:  # counted from 1: pycocotools takes the id 0 for no object
+                    plain = {"id": n, "bbox": [x, y, w, h], "area": a.get("area", w * h), "iscrowd": int(crowd)}
+                    annotations.append(plain | {name: a[name] for name in ("image_id", "category_id")})
+            where = path
+            found = {number: objects for number, objects in found.items() if objects or not train}
+            files = [root / part / images[number]["file_name"] for number in found]
+            for file in files:
+                if not file.is_file():
+                    raise ValueError(f"there is no image {file}")
+            if not any(found.values()):
+                raise ValueError("none of its images has an object")
+            self.sizes = [(images[number]["width"], images[number]["height"]) for number in found]
+        except KeyError as error:
+            raise ValueError(f"{where} is not in COCO's format: there is no {error} in it") from None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where} is not in COCO's format: {error}") from None
+        self.categories, self.classes, self.ids = sorted(names), [names[n] for n in sorted(names)], list(found)
+        self.names, self.labels = np.array([os.fsencode(file) for file in files]), np.arange(len(files))
+        self.objects = [as_objects(objects, self.categories) for objects in found.values()]
+        categories = [{"id": number, "name": name} for number, name in names.items()]
+        self.truth = {"images": [{"id": n} for n in found], "annotations": annotations, "categories": categories}
+
+    def open(self, index):
+        image, (width, height) = super().open(index), self.sizes[index]
+        if image.size != (width, height):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, and its boxes are of {width} x {height}")
+        return image
 
 
 class Shapes(SyntheticImages):

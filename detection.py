@@ -1,4 +1,4 @@
-"""Faster R-CNN on any net of models.py or on VGG-16, [1] Appendix A, out of torchvision's parts, after
+"""Faster R-CNN on any net of models.py or on VGG-16, [1] Appendices A and B, out of torchvision's parts, after
 
 [3] Ren, He, Girshick, Sun: Faster R-CNN. arXiv 1506.01497v3
 
@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_pool
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_area, box_iou, clip_boxes_to_image, roi_pool
 from torchvision.utils import draw_bounding_boxes
 
 from models import ResNet, imagenet_resnet
@@ -25,7 +25,12 @@ STRIDE = 16  # of the shared map: conv4_x's, or VGG-16's conv5_3's
 # Pixels, where the shorter side of an image has 600 ([1] Appendix B); with another one all of them change along
 SHORT, LONG = 600, 1000  # a longer side has 1000 at most, which may make the shorter one shorter
 ANCHORS, RATIOS = (128, 256, 512), (0.5, 1.0, 2.0)  # [3] Section 3.3: sides of square ones; heights over widths
+COCO_ANCHORS = (64, *ANCHORS)  # [3] Section 4.2
 SMALLEST = 16  # side of a proposal
+SCALES = (200, 400, 600, 800, 1000)  # shorter sides in multi-scale testing, [1] Appendix B
+
+# How a detector is tested, each with what Table 9 of [1] adds: (box refinement, shorter sides of the regions' maps)
+TESTS = {"baseline": (False, ()), "refine": (True, ()), "multi-scale": (True, SCALES)}
 
 
 class RPN(RegionProposalNetwork):
@@ -57,10 +62,11 @@ class Detector(nn.Module):
     numbers each). Its BN becomes a fixed scale and offset, and its first layers no longer train: conv1 and conv2_x, or
     conv1_1 to conv2_2. In a pre-activation net the RPN and the regions read the raw sum of conv4_x.
     regions: how many of an image are trained on. roi: the size that they are pooled to, by default 14 before conv5_1,
-    whose stride is 2, and 7 before fc6, which wants no other.
+    whose stride is 2, and 7 before fc6, which wants no other. context: the siblings read the whole image's features
+    beside each region's, [1] Appendix B.
     """
 
-    def __init__(self, net, classes, mean, std, short=SHORT, roi=None, regions=64):
+    def __init__(self, net, classes, mean, std, short=SHORT, roi=None, regions=64, context=False, anchors=ANCHORS):
         super().__init__()
         if isinstance(net, ResNet):
             self.roi, fixed = roi or 14, 2
@@ -76,16 +82,17 @@ class Detector(nn.Module):
         fix_bn(self.head)
         self.trunk[:fixed].requires_grad_(False)
 
-        scale = short / SHORT
-        self.transform = GeneralizedRCNNTransform(short, round(LONG * scale), mean, std)
-        anchors = AnchorGenerator((tuple(side * scale for side in ANCHORS),), (RATIOS,))
-        head = Head(channels, len(ANCHORS) * len(RATIOS))
+        self.context, self.scale = context, short / SHORT
+        self.transform = GeneralizedRCNNTransform(short, round(LONG * self.scale), mean, std)
+        head = Head(channels, len(anchors) * len(RATIOS))
+        anchors = AnchorGenerator((tuple(side * self.scale for side in anchors),), (RATIOS,))
         before, after = {"training": 12_000, "testing": 6_000}, {"training": 2_000, "testing": 300}  # NMS at IoU 0.7
         # objects from IoU 0.7, background below 0.3; 256 anchors of which half are objects; smooth L1 with beta 1/9
         self.rpn = RPN(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
-        self.rpn.min_size = SMALLEST * scale
+        self.rpn.min_size = SMALLEST * self.scale
         # chooses the regions to train on: objects from IoU 0.5, a quarter of them; and codes their boxes
         self.sampler = RoIHeads(None, None, None, 0.5, 0.5, regions, 0.25, (10, 10, 5, 5), None, None, None)
+        features *= 1 + context
         self.cls, self.box = nn.Linear(features, classes + 1), nn.Linear(features, 4 * (classes + 1))
         for layer in (*head.modules(), self.cls, self.box):
             if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -103,35 +110,84 @@ class Detector(nn.Module):
         (proposals,), losses = self.rpn(images, {"0": maps}, targets)
         return maps, proposals, size, targets, losses
 
-    def classify(self, maps, boxes):
-        """Class scores (R, classes + 1) before the softmax, and for each class a box, coded (R, classes + 1, 4)."""
-        x = self.head(roi_pool(maps, [boxes], self.roi, 1 / STRIDE))
+    def features(self, maps, boxes):
+        """What conv5_x and up make of the regions `boxes` (R, 4) of the image's maps: (R, features). Of several maps,
+        [(map, its scale), ...] by growing scale, each region is pooled from the two between which it has the area of
+        224 x 224 pixels, and of these two features the larger counts, one by one: [1] Appendix B, maxout."""
+        if len(maps) == 1:
+            return self.head(roi_pool(maps[0][0], [boxes], self.roi, 1 / STRIDE))
+        sides = box_area(boxes).sqrt()[:, None] * torch.tensor([scale for _, scale in maps], device=boxes.device)
+        lower, both = (sides <= 224 * self.scale).sum(dim=1).sub(1).clamp(0, len(maps) - 2), []
+        for level in (lower, lower + 1):
+            pooled = maps[0][0].new_empty(len(boxes), maps[0][0].shape[1], self.roi, self.roi)
+            for i, (one, scale) in enumerate(maps):
+                pooled[level == i] = roi_pool(one, [boxes[level == i]], self.roi, scale / STRIDE)
+            both.append(self.head(pooled))
+        return torch.maximum(*both)
+
+    def classify(self, maps, boxes, size):
+        """Class scores (R, classes + 1) before the softmax, and for each class a box, coded (R, classes + 1, 4), of the
+        regions `boxes` of an image of that size. maps: as in `features`."""
+        x = self.features(maps, boxes)
+        if self.context:
+            whole = boxes.new_tensor([[0, 0, size[1], size[0]]])
+            x = torch.cat([x, self.features(maps, whole).expand(len(boxes), -1)], dim=1)
         return self.cls(x).to(boxes.dtype), self.box(x).to(boxes.dtype).unflatten(1, (-1, 4))
 
     def losses(self, image, boxes, labels):
         """[3] eq. (1), of the RPN and of the regions: the sum of the four losses, and the share of the regions trained
         on that are classified wrongly."""
-        maps, proposals, _, targets, rpn = self.propose(image, [{"boxes": boxes, "labels": labels}])
+        maps, proposals, size, targets, rpn = self.propose(image, [{"boxes": boxes, "labels": labels}])
         (proposals,), _, (labels,), (codes,) = self.sampler.select_training_samples([proposals], targets)
-        scores, coded = self.classify(maps, proposals)
+        scores, coded = self.classify([(maps, 1)], proposals, size)
         objects = labels > 0
         box_loss = smooth_l1_loss(coded[objects, labels[objects]], codes[objects], reduction="sum") / len(labels)
         loss = rpn["loss_objectness"] + rpn["loss_rpn_box_reg"] + cross_entropy(scores, labels) + box_loss
         return loss, (scores.argmax(dim=1) != labels).float().mean()
 
     @torch.inference_mode()
-    def detect(self, image):
-        """{"boxes": (N, 4) in the image's pixels, "scores": (N,), "labels": (N,)}: at most 100, by falling score."""
+    def detect(self, image, test="baseline"):
+        """{"boxes": (N, 4) in the image's pixels, "scores": (N,), "labels": (N,)}: at most 100, by falling score.
+        test: one of TESTS."""
+        refine, shorts = TESTS[test]
         maps, proposals, size, _, _ = self.propose(image)
-        scores, coded = self.classify(maps, proposals)
-        boxes = self.sampler.box_coder.decode(coded.flatten(1), [proposals]).view(coded.shape)
-        boxes, scores = clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
+        maps = self.pyramid(image, shorts, size) if shorts else [(maps, 1)]
+        boxes, scores = self.predict(maps, proposals, size)
+        if refine:  # each region once more, from its likeliest class's box
+            again = boxes[torch.arange(len(boxes), device=boxes.device), scores.argmax(dim=1)]
+            more_boxes, more_scores = self.predict(maps, again, size)
+            boxes, scores = torch.cat([boxes, more_boxes]), torch.cat([scores, more_scores])
         labels = torch.arange(1, 1 + scores.shape[1], device=scores.device).expand_as(scores)
         likely = scores > 0.05
         boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
         keep = batched_nms(boxes, scores, labels, 0.3)[:100]
-        boxes = resize_boxes(boxes[keep], size, image.shape[-2:])
-        return {"boxes": boxes, "scores": scores[keep], "labels": labels[keep]}
+        kept = clip_boxes_to_image(vote(boxes, scores, labels, keep), size) if refine else boxes[keep]
+        return {"boxes": resize_boxes(kept, size, image.shape[-2:]), "scores": scores[keep], "labels": labels[keep]}
+
+    def predict(self, maps, regions, size):
+        """Of each region a box for each class (R, classes, 4), inside the image, and the class's score (R, classes)."""
+        scores, coded = self.classify(maps, regions, size)
+        boxes = self.sampler.box_coder.decode(coded.flatten(1), [regions]).view(coded.shape)
+        return clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
+
+    def pyramid(self, image, shorts, size):
+        """[(map, its scale), ...] of an image whose shorter side becomes one of `shorts` after the other; the scale of
+        the image that was proposed for, of this size, is 1."""
+        maps, usual = [], (self.transform.min_size, self.transform.max_size)
+        for short in shorts:
+            self.transform.min_size = (round(short * self.scale),)
+            self.transform.max_size = round(short * self.scale * LONG / SHORT)
+            images, _ = self.transform([image])
+            maps.append((self.trunk(images.tensors).to(image.dtype), max(images.image_sizes[0]) / max(size)))
+        self.transform.min_size, self.transform.max_size = usual
+        return maps
+
+
+def vote(boxes, scores, labels, keep):
+    """The boxes of `keep`, each the mean, weighted by score, of its class's boxes whose IoU with it is 0.5 or more:
+    Gidaris and Komodakis, arXiv 1505.01749, Section 5."""
+    weights = ((box_iou(boxes[keep], boxes) >= 0.5) & (labels[keep, None] == labels)) * scores
+    return weights @ boxes / weights.sum(dim=1, keepdim=True)
 
 
 def fix_bn(parent):
@@ -161,7 +217,8 @@ def classifier(args, classes):
 def detector(args, about, net=None):
     """The detector that the flags of detection_train.py make of a net, or of a new one. about: as in a checkpoint."""
     classes, (mean, std) = len(about["classes"]), ((about[name].flatten() / 255).tolist() for name in ("mean", "std"))
-    return Detector(net or classifier(args, classes), classes, mean, std, args.short, args.roi, args.regions)
+    more = getattr(args, "context", False), COCO_ANCHORS if args.dataset == "coco" else ANCHORS
+    return Detector(net or classifier(args, classes), classes, mean, std, args.short, args.roi, args.regions, *more)
 
 
 def of_run(args, state):

@@ -1,11 +1,11 @@
-"""The object detection of [1] Section 4.3 and Appendix A, VOC's part: Faster R-CNN, [3] of detection.py.
+"""The object detection of [1] Section 4.3 and Appendices A and B: Faster R-CNN, [3] of detection.py.
 
     python detection_train.py --weights R-101.pkl                  # ResNet-101 on VOC 2007 and 2012, Table 7
-    torchrun --nproc_per_node=2 detection_train.py --weights runs/imagenet-101-bottleneck-seed1     # two processes
+    torchrun --nproc_per_node=8 detection_train.py --dataset coco --data COCO --weights R-101.pkl --test refine
     python detection_train.py --vgg --weights vgg16-397923af.pth   # the papers' other net
     python detection_train.py --dataset synthetic                  # a first result in minutes, without any download
     python detection_train.py --data FOLDER --depth 18 --width 16 --short 300 --iterations 1000 --batch-size 4 --lr 0.03
-    python detection_train.py --evaluate RUN --draw 20
+    python detection_train.py --evaluate RUN --test baseline,refine,multi-scale --draw 20
 
 The same command again continues a run that was stopped.
 """
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import math
 import pathlib
 import sys
@@ -60,19 +61,26 @@ from training import (
 
 WEIGHT_DECAY = 5e-4  # [3] Section 3.1.3
 
+PAPERS = dict(depth=101, width=64, short=600, roi=14, regions=64, lr=0.001)
 RECIPES = {
     # [3] Section 3.1.3: 60k + 20k iterations, as of its RPN; 2 images of 64 regions, as of its authors' Fast R-CNN
-    "voc": dict(depth=101, width=64, short=600, roi=14, regions=64, iterations=80_000, batch_size=2, lr=0.001),
+    "voc": dict(PAPERS, train="07+12", iterations=80_000, batch_size=2),
+    # [1] Appendix A: 240k + 80k iterations of 8 images, as of its RPN
+    "coco": dict(PAPERS, train="2014", iterations=320_000, batch_size=8),
     # Not the papers': small images, a narrow net and less of each image, to see it learn in minutes
-    "synthetic": dict(depth=18, width=16, short=128, roi=7, regions=32, iterations=600, batch_size=8, lr=0.06),
+    "synthetic": dict(
+        train="07+12", depth=18, width=16, short=128, roi=7, regions=32, iterations=600, batch_size=8, lr=0.06
+    ),
 }
 
 PRETRAINING = 200  # iterations, where there are no --weights
 
-COLUMNS = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007, of VOC 2010 and later; IoU 0.5
+VOC = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007, of VOC 2010 and later; IoU 0.5
+COLUMNS = {"voc": VOC, "synthetic": VOC, "coco": {"map_50": "mAP@.5", "map_50_95": "mAP@[.5,.95]"}}
 
 IDENTITY = (  # the flags that make a run this run; any other may change when it is continued
-    "dataset train images vgg depth unit unit_args width short roi regions iterations batch_size lr seed precision"
+    "dataset train images vgg depth unit unit_args width short roi regions context iterations batch_size lr seed "
+    "precision"
 ).split()
 SETTINGS = "data workers device out checkpoint_seconds timeout".split()
 
@@ -115,9 +123,51 @@ def average_precision(found, truth, label, least=0.5):
     return {"11point": 100 * float(np.mean(points)), "area": 100 * float(area)}
 
 
-def evaluate(net, images, precision, workers, device):
-    """What is detected in each image, by one process or another; {class: its AP} of the classes that occur; and the
-    means of these by COLUMNS."""
+def voc_map(found, images):
+    """{class: its AP} of the classes that occur, by VOC's rules, and the means of these, all by COLUMNS."""
+    aps = {c: average_precision(found, images.objects, 1 + i) for i, c in enumerate(images.classes)}
+    aps = {c: {f"map_{rule}": value for rule, value in ap.items()} for c, ap in aps.items() if ap}
+    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in VOC}
+
+
+def coco_map(found, images):
+    """As voc_map, by COCO's rules: pycocotools measures."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth, names = COCO(), COLUMNS["coco"]
+    truth.dataset, detections = images.truth, coco_detections(found, images)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        judge = (
+            COCOeval(truth, truth.loadRes(detections), "bbox") if detections else None
+        )  # it cannot read an empty list
+        if judge:
+            judge.evaluate()
+            judge.accumulate()
+    occurring = {a["category_id"] for a in truth.anns.values() if not a["iscrowd"]}
+    aps = {}
+    for i, (number, c) in enumerate(zip(images.categories, images.classes, strict=True)):
+        if number in occurring:
+            by_iou = judge.eval["precision"][:, :, i, 0, 2].mean(axis=1) if judge else np.zeros(10)
+            aps[c] = dict(zip(names, (100 * float(by_iou[0]), 100 * float(by_iou.mean())), strict=True))
+    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in names}
+
+
+def coco_detections(found, images):
+    """What was found, as COCO's server and pycocotools read it: [{"image_id", "category_id", "bbox", "score"}, ...]."""
+    detections = []
+    for number, one in zip(images.ids, found, strict=True):
+        boxes, scores, labels = (one[name].tolist() for name in ("boxes", "scores", "labels"))
+        for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True):
+            box = {"image_id": number, "category_id": images.categories[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            detections.append(box | {"score": score})
+    return detections
+
+
+def evaluate(net, images, test, precision, workers, device):
+    """What is detected in each image under one of detection.TESTS, by one process or another; {class: its AP} of the
+    classes that occur, and the means of these."""
     net.eval()
     rank, world = dist.get_rank(), dist.get_world_size()
     keys = ([(i,)] for i in range(rank, len(images), world))
@@ -129,14 +179,14 @@ def evaluate(net, images, precision, workers, device):
             pixels = next(stream, [None])[0]
         if pixels is not None:
             with precision:
-                found = net.detect(as_image(pixels, device))
+                found = net.detect(as_image(pixels, device), test)
             own.append({name: t.cpu() for name, t in found.items()})
     net.train()
     dist.all_gather_object(parts, own, group=checkpoint.control)
     found = [parts[i % world][i // world] for i in range(len(images))]
-    aps = {c: average_precision(found, images.objects, 1 + i) for i, c in enumerate(images.classes)}
-    aps = {c: ap for c, ap in aps.items() if ap}
-    return found, aps, {name: sum(ap[name[4:]] for ap in aps.values()) / len(aps) for name in COLUMNS}
+    measured = [(coco_map if hasattr(images, "truth") else voc_map)(found, images) if rank == 0 else None]
+    dist.broadcast_object_list(measured, group=checkpoint.control)
+    return found, *measured[0]
 
 
 def as_image(pixels, device):
@@ -154,16 +204,19 @@ def load(images, view, keys, workers, device):
 
 
 def train(args, device):
-    """Train the detector that the flags name, from where its run stands, draw what it finds, and write the result.
-    Returns the exit status."""
+    """Train the detector that the flags name, from where its run stands, test it, draw what it finds, and write the
+    result. Returns the exit status."""
+    columns = COLUMNS[args.dataset]
     with checkpoint.all_or_none():
-        images, test = data.load_detection(args.dataset, args.data, args.train, args.images)
+        images, test_images = data.load_detection(args.dataset, args.data, args.train, args.images)
         identity = {name: getattr(args, name) for name in IDENTITY} | {"weights": args.weights_hash}
         identity |= {"classes": images.classes, "training_images": len(images)}
-        run = checkpoint.Run(args.out, identity, COLUMNS)
-    checkpoint.agree(args.out, run.result)
-    if run.result:
-        return finish(run, run.result, COLUMNS)
+        run = checkpoint.Run(args.out, identity, columns)
+        diverged = run.result and run.result["diverged"]
+        tests = [name for name in args.test if not (diverged or tested(args.out, name, args.iterations))]
+    checkpoint.agree(args.out, run.result, tests)
+    if run.result and not tests:
+        return finish(run, run.result, columns)
 
     with checkpoint.all_or_none(args.out):
         torch.manual_seed(args.seed)
@@ -171,14 +224,37 @@ def train(args, device):
         net, about = args.pretrained or (detection.classifier(args, len(images.classes)), normal)
         about = {name: about[name] for name in normal} | {"classes": images.classes, "size": args.short}
         run.begin({name: getattr(args, name) for name in SETTINGS}, about)
-        begun = run.load() is not None
+        state = run.load()
+        if run.result and (state is None or state["iteration"] != args.iterations):
+            raise ValueError(f"{args.out} is finished and holds no checkpoint of its end to test")
     net.to(device, memory_format=torch.channels_last)
-    if not (args.weights or begun):
+    if not (args.weights or state):
         pretrain(net, images, args, device)
     torch.manual_seed(args.seed)
     net = detection.detector(args, about, net).to(device, memory_format=torch.channels_last)
+    precision, last = Precision(args.precision, device), None
+
+    def test(name="baseline"):
+        return evaluate(net, test_images, name, precision, args.workers, device)
+
+    if run.result:
+        net.load_state_dict(state["model"])
+    else:
+        result, last = train_net(args, run, net, images, len(test_images), about, test, device)
+    result = run.result or result
+    for name in [] if result["diverged"] else tests:
+        found, aps, maps = last if last and name == "baseline" else test(name)
+        write_test(name, found, aps, maps, test_images, args, args.iterations, run.folder, run.write)
+        if name != "baseline":
+            print_line(f"{run.folder}: {name}, {shown(maps, columns)}")
+    return finish(run, result, columns)
+
+
+def train_net(args, run, net, images, tested, about, test, device):
+    """The training itself, on `images`. tested: how many images test(), as `evaluate` with all but the net's flags,
+    goes through. Returns the result and what the last test found, or None where a run was killed after it."""
     # 300 regions of an image are tested, and fewer trained on: it costs as much
-    rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * len(test))
+    rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * tested)
     own = range(args.batch_size)[own_micro_batches(args)]
     training = Training(
         args,
@@ -188,7 +264,7 @@ def train(args, device):
         lambda batches: batches,
         iterations=args.iterations,
         images=len(images),
-        columns=COLUMNS,
+        columns=COLUMNS[args.dataset],
         about=about,
         device=device,
         graph=False,
@@ -207,27 +283,43 @@ def train(args, device):
             for pixels, boxes, labels, index in views
         ]
 
-    def test_net():
-        return evaluate(net, test, training.precision, args.workers, device)
-
-    found = None
+    last = None
     with contextlib.closing(stream), training:
         while True:
             t = training.iteration
             if training.row_due(t in rows):
-                found, aps, errors = test_net() if t in evaluations else (None, None, {})
-                training.row(lr_at(t - 1, args), errors)
+                last = test() if t in evaluations else None
+                training.row(lr_at(t - 1, args), last[-1] if last else {})
             if t == args.iterations:
                 break
             training.save_if_due()
             training.iterate(lr_at(t, args), draws(t))
-    result = training.result("weights", "train", "width", "short", "roi", "regions")
-    if not training.diverged:
-        if not found:  # the run was killed between its last row and its result
-            found, aps, _ = test_net()
-        draw(test, found, args.draw, run.folder, run.write)
-        result["aps"] = aps
-    return finish(run, result, COLUMNS)
+    return training.result("weights", "train", "width", "short", "roi", "regions", "context"), last
+
+
+def tested(folder, name, iterations):
+    """Whether the net of a run's last iteration has been tested so."""
+    path = pathlib.Path(folder, f"{name}.json")
+    return path.exists() and checkpoint.read_json(path).get("iterations") == [iterations]
+
+
+def shown(maps, columns):
+    return ", ".join(f"{name} {maps[key]:.2f} %" for key, name in columns.items())
+
+
+def write_test(name, found, aps, maps, images, args, iteration, folder, write):
+    """Write what one of detection.TESTS found: <name>.json, pictures <name>-<number>.png of the first images and, of
+    COCO, detections-<name>.json as its server reads them; into a folder by write(path, content)."""
+    folder, content = pathlib.Path(folder), maps | {"aps": aps, "images": len(images), "iterations": [iteration]}
+    for i in range(min(args.draw, len(images)) if dist.get_rank() == 0 else 0):
+        with images.open(i) as image:
+            pixels, buffer = data.decode(image, 1).permute(2, 0, 1), io.BytesIO()
+        drawn = detection.draw(pixels, found[i], images.classes).permute(1, 2, 0)
+        Image.fromarray(drawn.numpy()).save(buffer, "PNG")
+        write(folder / f"{name}-{i}.png", buffer.getvalue())
+    if isinstance(images, data.COCOImages):
+        write(folder / f"detections-{name}.json", json.dumps(coco_detections(found, images)).encode())
+    write(folder / f"{name}.json", checkpoint.as_json(content))  # last: it says that the test is done
 
 
 def load_vgg(path):
@@ -274,36 +366,34 @@ def pretrain(net, images, args, device):
     )
 
 
-def draw(images, found, count, folder, write):
-    """Write the first images with what was found in them, as PNG files, by write(path, content)."""
-    for i in range(min(count, len(images)) if dist.get_rank() == 0 else 0):
-        with images.open(i) as image:
-            pixels, buffer = data.decode(image, 1).permute(2, 0, 1), io.BytesIO()
-        drawn = detection.draw(pixels, found[i], images.classes).permute(1, 2, 0)
-        Image.fromarray(drawn.numpy()).save(buffer, "PNG")
-        write(pathlib.Path(folder, f"found-{i}.png"), buffer.getvalue())
-
-
-def evaluate_run(flags, device):
+def evaluate_run(args, device):
     """Print the mAP of a run's checkpoint and the AP of each class, on the test images of its flags, and draw. Returns
     the exit status."""
-    folder = flags.evaluate
+    folder = args.evaluate
     with checkpoint.all_or_none(folder):
-        args, state = checkpoint.read_run(folder)
-        if "regions" not in args:
+        flags, state = checkpoint.read_run(folder)
+        if "regions" not in flags:
             raise ValueError(f"{folder} is no run of detection_train.py: evaluate it with the script that trained it")
-        _, images = data.load_detection(args.dataset, flags.data or args.data, args.train, args.images)
+        _, images = data.load_detection(flags.dataset, args.data or flags.data, flags.train, flags.images)
         if images.classes != state["about"]["classes"]:
-            raise ValueError(f"{folder} is of {', '.join(args.classes)} and the images of {', '.join(images.classes)}")
-        net, precision = detection.of_run(args, state), Precision(args.precision, device)
+            raise ValueError(f"{folder} is of {', '.join(flags.classes)} and the images of {', '.join(images.classes)}")
+        net, precision = detection.of_run(flags, state), Precision(flags.precision, device)
     net.to(device, memory_format=torch.channels_last)
-    found, aps, maps = evaluate(net, images, precision, flags.workers, device)
-    with checkpoint.all_or_none():
-        draw(images, found, flags.draw, folder, checkpoint.write)
-    for name, ap in aps.items():
-        print_line(f"{name:15} AP (11-point) {ap['11point']:6.2f} %, AP (area) {ap['area']:6.2f} %")
-    maps = ", ".join(f"{name} {maps[key]:.2f} %" for key, name in COLUMNS.items())
-    print_line(f"{folder}: {maps} after {state['iteration']:,} of {args.iterations:,} iterations")
+    columns = COLUMNS[flags.dataset]
+
+    def write(path, content):
+        with checkpoint.all_or_none():
+            if dist.get_rank() == 0:
+                checkpoint.write(path, content)
+
+    for name in args.test:
+        found, aps, maps = evaluate(net, images, name, precision, args.workers, device)
+        for c, ap in aps.items():
+            print_line(f"{c:15} {shown(ap, columns).replace('mAP', 'AP')}")
+        print_line(
+            f"{folder}: {name}, {shown(maps, columns)} after {state['iteration']:,} of {flags.iterations:,} iterations"
+        )
+        write_test(name, found, aps, maps, images, args, state["iteration"], folder, write)
     return 0
 
 
@@ -320,26 +410,41 @@ def parse_flags():
         "--width", type=int, metavar="N", help="channels of conv1: fewer are faster (default 64; synthetic 16)"
     )
     group.add_argument("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
+    group.add_argument("--context", action="store_true", help="each region is judged beside the whole image, Table 9")
     add = parser.add_argument_group("the data").add_argument
-    add("--dataset", choices=RECIPES, default="voc", help="synthetic needs none (default voc)")
-    add("--data", metavar="DIR", help="where VOCdevkit is, or will be; or a folder in VOC's layout (default data)")
-    add("--train", choices=("07+12", "07"), default="07+12", help="VOC's trainval sets of these years (default 07+12)")
+    add("--dataset", choices=RECIPES, default="voc", help="or its layout; synthetic needs no files (default voc)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="where VOCdevkit is, or will be; or a folder in VOC's or COCO's layout (default data)",
+    )
+    add(
+        "--train",
+        choices=("07+12", "07", "2014", "2017"),
+        help="years of VOC's trainval or COCO's sets (default 07+12; 2014)",
+    )
     add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
     add("--short", type=int, metavar="N", help="the shorter side; all sizes scale along (default 600; synthetic 128)")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
-    add("--iterations", type=int, metavar="N", help="the drop scales along (default 80000; synthetic 600)")
-    add("--batch-size", type=int, metavar="N", help="images a step (default 2; synthetic 8)")
+    add("--iterations", type=int, metavar="N", help="the drop scales along (default 80000; coco 320000; synthetic 600)")
+    add("--batch-size", type=int, metavar="N", help="images a step (default 2; coco and synthetic 8)")
     add("--lr", type=float, help="learning rate before the drop (default 0.001; synthetic 0.06)")
     add("--seed", type=int, default=1, help="of weights, order, flips and samples (default 1)")
     group = parser.add_argument_group("the machine and the run")
     add_run_flags(group, checkpoint_seconds=300)
+    group.add_argument(
+        "--test",
+        metavar="TEST[,...]",
+        help="test the trained net also with refine (boxes refined and voted on) or multi-scale (that, on maps of two "
+        "scales for each region), Table 9; with --evaluate instead of baseline",
+    )
     group.add_argument("--draw", type=int, default=4, metavar="N", help="test images with what was found (default 4)")
     group.add_argument("--evaluate", metavar="RUN", help="print the mAP of a run's checkpoint; trains nothing")
     args = parser.parse_args()
     try:
         if args.evaluate is not None:
-            refuse_all_but("--evaluate --data --draw --device --workers --timeout")
+            refuse_all_but("--evaluate --data --test --draw --device --workers --timeout")
         resolve(args)
     except ValueError as error:
         checkpoint.fail(error)
@@ -350,18 +455,27 @@ def resolve(args):
     """Fill in what the flags leave to the recipe. Raises ValueError on a contradiction."""
     args.workers = max(cores_of_a_process() - 2, 1) if args.workers is None else args.workers
     at_least(args, workers=0, draw=0)
+    tests = args.test.split(",") if args.test is not None else ["baseline"]
+    for name in tests:
+        if name not in detection.TESTS:
+            raise ValueError(f"--test {name} is none of {', '.join(detection.TESTS)}")
     if args.evaluate is not None:
+        args.test = tests
         return
+    args.test = list(dict.fromkeys(["baseline", *tests]))
     if args.compile:
         raise ValueError("--compile: images have many sizes, and each would be compiled anew")
     if args.weights and args.width:
         raise ValueError("--width goes without --weights, whose net has its own")
     if args.vgg and (not args.weights or args.depth or args.unit or args.preact or args.unit_arg or args.layout):
         raise ValueError("--vgg goes with --weights, the file of torchvision's vgg16, and without --depth or --unit")
+    if args.train and args.dataset != "synthetic" and (args.train in ("2014", "2017")) != (args.dataset == "coco"):
+        raise ValueError(f"--train {args.train} is no part of {args.dataset}: VOC has 07 and 07+12, COCO 2014 and 2017")
     recipe = RECIPES[args.dataset] | ({"roi": 7} if args.vgg else {}) | ({"width": 64} if args.weights else {})
     vars(args).update({name: value for name, value in recipe.items() if getattr(args, name, None) is None})
     at_least(args, width=1, short=32, images=0, iterations=1)
-    args.data, args.micro_batch = args.data or "data", 1  # BN is fixed: images that share a step do not meet
+    args.data = args.data or ("data/coco" if args.dataset == "coco" else "data")
+    args.micro_batch = 1  # BN is fixed: images that share a step do not meet
     if args.vgg:
         args.depth, args.unit, args.unit_args, args.pretrained = 16, "vgg", {}, load_vgg(args.weights)
         args.weights_hash = weights.digest(*args.pretrained)
@@ -373,7 +487,9 @@ def resolve(args):
         with torch.device("meta"):  # raises ValueError for an impossible depth or option
             detection.classifier(args, 1)
     args.name = "Faster R-CNN on " + ("VGG-16" if args.vgg else f"ResNet-{args.depth}")
-    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}-seed{args.seed}"
+    args.name += ", with context" if args.context else ""
+    context = "-context" if args.context else ""
+    args.out = args.out or f"runs/{args.dataset}-{args.depth}-{args.unit}{context}-seed{args.seed}"
     check_recipe(args)
 
 

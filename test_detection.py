@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pycocotools import coco
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torchvision.models import VGG, vgg16
 from torchvision.models.vgg import make_layers
@@ -174,6 +176,107 @@ def test_the_parts_of_a_folder_of_ones_own(tmp_path):
     write_voc(tmp_path, {}, {"test": "c"})
     train, test = data.load_detection("voc", tmp_path)
     assert (len(train), test.name(0)[-5]) == (2, "c")
+
+
+def write_coco(folder, part, images, annotations, categories=((90, "toothbrush"), (1, "person"), (13, "stop sign"))):
+    """A part in COCO's layout. images: {id: (width, height)}; annotations: (image, category, box, more)."""
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / part).mkdir(exist_ok=True)
+    for number, (width, height) in images.items():
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / part / f"{number}.jpg")
+    content = {"categories": [{"id": number, "name": name} for number, name in categories]}
+    content["images"] = [{"id": n, "file_name": f"{n}.jpg", "width": w, "height": h} for n, (w, h) in images.items()]
+    content["annotations"] = [
+        {"id": n, "image_id": image, "category_id": category, "bbox": box} | more
+        for n, (image, category, box, more) in enumerate(annotations, 1)
+    ]
+    path = folder / "annotations" / f"instances_{part}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+CROWD = {"iscrowd": 1, "area": 700.0}
+COCO = {7: (120, 90), 30: (50, 60), 4: (80, 80)}
+COCO_OBJECTS = [
+    (7, 13, [10, 20, 30, 40], {"iscrowd": 0, "area": 1200.0}),
+    (4, 1, [0, 0, 80, 80], CROWD),
+    (7, 90, [100.5, 80, 30, 10], {}),  # reaches over the border, and names neither crowd nor area
+    (7, 1, [5, 5, 0, 20], {}),  # nothing
+    (7, 1, [50, 50, 20, 20], CROWD),
+]
+
+
+def test_cocos_objects(tmp_path):
+    """Ids with gaps become 1, 2, ...; crowds and empty boxes are not trained on, nor images without any other object;
+    but pycocotools is told of all."""
+    for part in ("train2014", "val2014"):
+        write_coco(tmp_path, part, COCO, COCO_OBJECTS)
+    images, test = data.load_detection("coco", tmp_path, "2014")
+    assert images.classes == test.classes == ["person", "stop sign", "toothbrush"]
+    assert images.categories == test.categories == [1, 13, 90]
+    assert (images.ids, test.ids) == ([7], [7, 30, 4]) and images.name(0) == str(tmp_path / "train2014/7.jpg")
+    ((boxes, labels, crowd),) = images.objects
+    assert boxes.tolist() == [[10, 20, 40, 60], [100.5, 80, 120, 90]] and labels.tolist() == [2, 3] and not crowd.any()
+    assert [len(labels) for _, labels, _ in test.objects] == [3, 0, 1]
+    assert [(a["image_id"], a["category_id"], a["iscrowd"], a["area"]) for a in test.truth["annotations"]] == [
+        (7, 13, 0, 1200),
+        (4, 1, 1, 700),
+        (7, 90, 0, 300),
+        (7, 1, 0, 0),
+        (7, 1, 1, 700),
+    ]
+    assert [image["id"] for image in test.truth["images"]] == [7, 30, 4]
+    limited = data.load_detection("coco", tmp_path, "2014", limit=1)[1]
+    assert limited.ids == [7] and len(limited.truth["annotations"]) == 4
+    for part in ("train", "val"):  # a folder of one's own has no year
+        write_coco(tmp_path, part, {5: (9, 9)}, [(5, 1, [0, 0, 9, 9], {})])
+    assert data.load_detection("coco", tmp_path, "2014")[1].ids == [5]
+
+
+CAT = (1, "cat")
+BAD_COCO = [
+    ({}, [(8, 1, [0, 0, 9, 9], {})], (CAT,), "annotation 1.*its image or its category is not in the file"),
+    ({}, [(7, 2, [0, 0, 9, 9], {})], (CAT,), "annotation 1.*its image or its category is not in the file"),
+    ({}, [(7, 1, [0, 0, 9], {})], (CAT,), "annotation 1.*not enough values"),
+    ({}, [(7, 1, [0, 0, 9, math.nan], {})], (CAT,), r"annotation 1.*its box is \[0, 0, 9, nan\]"),
+    ({}, [(7, 1, None, {})], (CAT,), "annotation 1.*not iterable"),
+    ({}, [(7, 1, [0, 0, 9, 9], {})], (CAT, (1, "dog")), "two of its categories or two of its images have the same id"),
+    ({}, [(7, 1, [0, 0, 9, 9], CROWD)], (CAT,), "none of its images has an object"),
+    ({"images": [{"id": 7}]}, [(7, 1, [0, 0, 9, 9], {})], (CAT,), "annotation 1.*there is no 'width' in it"),
+    ({"images": 7}, [], (CAT,), "not iterable"),
+    ({"categories": None}, [], (CAT,), "not iterable"),
+]
+
+
+@pytest.mark.parametrize("changes, annotations, categories, message", BAD_COCO)
+def test_a_file_that_is_not_in_cocos_format(changes, annotations, categories, message, tmp_path):
+    path = write_coco(tmp_path, "train", {7: (120, 90)}, annotations, categories)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match="instances_train.json.* is not in COCO's format: .*") as problem:
+        data.load_detection("coco", tmp_path, "2014")
+    assert re.search(message, str(problem.value))
+
+
+def test_a_folder_that_is_not_in_cocos_layout(tmp_path, monkeypatch):
+    def problem():
+        with pytest.raises(ValueError) as problem:
+            data.load_detection("coco", tmp_path, "2014")
+        return str(problem.value)
+
+    assert "No such file" in problem() and "annotations/instances_train2014.json" in problem()
+    path = write_coco(tmp_path, "train", COCO, COCO_OBJECTS)
+    whole = path.read_bytes()
+    for content in (whole[:-9], b"[" * 10**5, b"[]", b"\xff"):
+        path.write_bytes(content)
+        assert "instances_train.json is not in COCO's format" in problem()
+    path.write_bytes(whole)
+    write_coco(tmp_path, "val", COCO, [(7, 1, [0, 0, 9, 9], {})], ((1, "cat"),))
+    assert "the categories of train and val differ" in problem()
+    (tmp_path / "train/7.jpg").unlink()
+    assert f"there is no image {tmp_path / 'train/7.jpg'}" in problem()
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    assert problem() == "COCO's mAP is measured by pycocotools, which is not installed: pip install pycocotools"
 
 
 def test_synthetic_boxes_are_exact_and_images_pure(monkeypatch):
@@ -508,7 +611,7 @@ def test_regions_are_pooled_where_they_lie():
     net, seen = detector(roi=3), []
     net.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     maps = torch.arange(48.0).view(1, 1, 6, 8).expand(1, net.rpn.head.bbox_pred.in_channels, 6, 8)
-    net.classify(maps, torch.tensor([[32.0, 16, 64, 48]]))
+    net.features([(maps, 1)], torch.tensor([[32.0, 16, 64, 48]]))
     assert torch.equal(seen[0][0, 0], maps[0, 0, 1:4, 2:5])
 
 
@@ -568,11 +671,12 @@ def fixed_regions(net, regions, scores, monkeypatch):
     return net.eval()
 
 
-def test_detections_are_in_the_images_own_pixels(monkeypatch):
+@pytest.mark.parametrize("test", detection.TESTS)
+def test_detections_are_in_the_images_own_pixels(test, monkeypatch):
     """A region as large as the padded map comes back as the whole image."""
     for height, width in ((50, 77), (300, 200), (96, 96)):
         net = fixed_regions(detector(), [[0.0, 0, 500, 500]], [[0, 1.0, 0, 0, 0, 0]], monkeypatch)
-        found = net.detect(torch.rand(3, height, width))
+        found = net.detect(torch.rand(3, height, width), test)
         torch.testing.assert_close(found["boxes"], torch.tensor([[0.0, 0, width, height]]))
         assert found["labels"].tolist() == [1] and found["scores"].tolist() == [1]
 
@@ -599,14 +703,15 @@ def test_detections_are_of_each_class_by_itself(monkeypatch):
 
 
 @pytest.mark.parametrize("make", (resnet, vgg))
-def test_detecting_draws_nothing_and_remembers_nothing(make):
-    """Twice the same: no dropout, no sampling, no scale of an image before; at most 300 proposals; and nothing found is
-    no error."""
-    net = detector(make()).eval()
+@pytest.mark.parametrize("test", detection.TESTS)
+def test_detecting_draws_nothing_and_remembers_nothing(make, test):
+    """Twice the same: no dropout, no sampling, no scale of an image or test before; at most 300 proposals; and nothing
+    found is no error."""
+    net = detector(make(), context=True).eval()
     net.cls.weight.data.mul_(100)
-    before = net.detect(PICTURE)
-    net.detect(torch.rand(3, 300, 100))
-    after = net.detect(PICTURE)
+    before = net.detect(PICTURE, test)
+    net.detect(torch.rand(3, 300, 100), "multi-scale")
+    after = net.detect(PICTURE, test)
     assert len(before["boxes"]) > 0 and all(torch.equal(before[key], after[key]) for key in before)
     assert (before["scores"].diff() <= 0).all() and before["labels"].min() >= 1
     width, height = (before["boxes"][:, 2:] - before["boxes"][:, :2]).T
@@ -615,7 +720,88 @@ def test_detecting_draws_nothing_and_remembers_nothing(make):
     maps, proposals, *_ = net.propose(torch.rand(3, 200, 300))
     assert len(proposals) <= 300
     net.rpn.min_size = 1e4
-    assert len(net.detect(PICTURE)["boxes"]) == 0
+    assert len(net.detect(PICTURE, test)["boxes"]) == 0
+
+
+# The improvements of Table 9
+
+
+def test_context_is_the_whole_image():
+    """Each region's features and then the whole image's, of its own size and not of the padded map's; both learn."""
+    net = detector(context=True).train()
+    assert net.cls.in_features == net.box.in_features == 2 * resnet().fc.in_features
+    maps, boxes = torch.rand(1, net.rpn.head.bbox_pred.in_channels, 6, 8), OBJECTS[0]
+    both = torch.cat([net.features([(maps, 1)], b) for b in (boxes, torch.tensor([[0.0, 0, 110, 90]]))])
+    x = torch.stack([torch.cat([both[i], both[2]]) for i in range(2)])
+    scores, coded = net.classify([(maps, 1)], boxes, (90, 110))
+    torch.testing.assert_close(scores, net.cls(x))
+    torch.testing.assert_close(coded.flatten(1), net.box(x))
+    net.losses(PICTURE, *OBJECTS)[0].backward()
+    assert all(half.abs().sum() > 0 for half in net.cls.weight.grad.chunk(2, dim=1))
+    assert detection.Detector(vgg(), 5, data.MEAN, data.STD, 96, context=True).cls.in_features == 2 * 128
+
+
+@pytest.mark.parametrize("growing", (True, False))
+def test_two_scales(growing):
+    """Of five maps a region is pooled from the two between which it has 224 x 224 pixels, as an image of 600 would, and
+    the larger feature counts: of maps that hold constants, the upper one's or the lower one's."""
+    net = detector(short=300)
+    net.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    scales, sides = [short / 600 for short in detection.SCALES], (20.0, 60, 80, 90, 110, 150, 300, 400)
+    lower = [3, 3, 3, 2, 2, 1, 0, 0]  # 112 pixels of an image whose shorter side is 300: sides of 336, 168, 112, 84, 67
+    maps = [(torch.full((1, 1, 40, 40), float(i if growing else -i)), scale) for i, scale in enumerate(scales)]
+    boxes = torch.tensor([[8, 8, 8 + side, 8 + side] for side in sides])
+    features = net.features(maps, boxes).flatten().tolist()
+    assert features == [i + 1 if growing else -i for i in lower]
+
+
+def test_the_maps_of_several_scales(monkeypatch):
+    """Their shorter sides are the five of the paper, scaled as --short; a region lies at the same place in each; and
+    the proposals come from the usual one."""
+    net, seen = detector(short=300).eval(), []
+    net.trunk.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    monkeypatch.setattr(
+        net,
+        "classify",
+        lambda maps, boxes, size: (
+            seen.append([scale for _, scale in maps]) or (torch.zeros(len(boxes), 6), torch.zeros(len(boxes), 6, 4))
+        ),
+    )
+    net.detect(torch.rand(3, 150, 200), "multi-scale")
+    assert seen[:6] == [(320, 416), (128, 160), (224, 288), (320, 416), (416, 544), (512, 672)]  # multiples of 32
+    assert seen[6] == seen[7] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3], rel=0.01)
+
+
+def test_boxes_are_refined(monkeypatch):
+    """Every region is judged again where its likeliest class's box is; of both judgements NMS keeps one box a class and
+    object, and it becomes the mean of the boxes that overlap it by a half, weighted by their scores."""
+    net = fixed_regions(detector(), [[10.0, 10, 50, 50], [60, 60, 90, 90]], [[1.0] * 6] * 2, monkeypatch)
+    asked = []
+
+    def classify(maps, boxes, size):
+        asked.append(boxes)
+        scores = torch.full((2, 6), -1e9)
+        scores[0, [0, 2]] = torch.tensor([0.2, 0.8] if len(asked) == 1 else [0.4, 0.6]).log()
+        scores[1, [0, 3]] = torch.tensor([0.1, 0.9]).log() if len(asked) == 1 else torch.tensor([1.0, 1e-9]).log()
+        coded = torch.zeros(2, 6, 4)
+        coded[0, 2, 0] = 1  # a tenth of its width to the right
+        return scores, coded
+
+    monkeypatch.setattr(net, "classify", classify)
+    found = net.detect(torch.rand(3, 96, 96), "refine")
+    torch.testing.assert_close(asked[1], torch.tensor([[14.0, 10, 54, 50], [60, 60, 90, 90]]))
+    assert found["labels"].tolist() == [3, 2]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.9, 0.8]))
+    x1 = (0.8 * 14 + 0.6 * 18) / 1.4
+    torch.testing.assert_close(found["boxes"], torch.tensor([[60, 60, 90, 90], [x1, 10, x1 + 40, 50]]))
+
+
+def test_who_votes():
+    """A box itself, and what overlaps it by a half or more, of its class alone."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.9], [0, 2, 10, 12], [0, 0, 8, 10]])
+    scores, labels = torch.tensor([0.5, 0.25, 0.9, 0.25, 0.9]), torch.tensor([1, 1, 1, 1, 2])
+    voted = detection.vote(boxes, scores, labels, torch.tensor([0, 4]))
+    torch.testing.assert_close(voted, torch.tensor([[0, 0.5, 10, 9.25], [0, 0, 8, 10]]))
 
 
 # Average precision
@@ -725,6 +911,50 @@ def test_the_two_conventions_differ():
     assert detection_train.average_precision(found, truth, 2) is None  # a class without objects
 
 
+def by_hand(path, detections):
+    """COCO's (mAP@[.5,.95], mAP@.5) of a json file's objects and a file of detections."""
+    judge = COCOeval(coco.COCO(path), coco.COCO(path).loadRes(str(detections)), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return (100 * judge.stats[:2]).tolist()
+
+
+def test_cocos_map_is_pycocotools(tmp_path):
+    """On objects of any size, crowds and images without objects among them, some of which are found; boxes come back as
+    COCO has them, of COCO's own ids."""
+    rng, sizes = np.random.default_rng(0), {int(n): (200, 150) for n in (9, 500, 3, 44, 71, 2)}
+    annotations = []
+    for number in (9, 500, 44, 71):  # nothing in 3 and 2
+        for _ in range(6):
+            x, y, w, h = rng.uniform((0, 0, 8, 8), (120, 90, 80, 60)).tolist()
+            more = {"iscrowd": int(rng.random() < 0.3), "area": 0.7 * w * h}
+            annotations.append((number, int(rng.choice([1, 13])), [x, y, w, h], more))
+    path = write_coco(tmp_path, "val", sizes, annotations)
+    images, found = data.COCOImages(tmp_path, "val", False, 0), []
+    for number in images.ids:
+        own = [(box, category) for image, category, box, _ in annotations if image == number and rng.random() < 0.9]
+        own += [(rng.uniform((0, 0, 8, 8), (120, 90, 80, 60)), int(rng.choice([1, 13, 90]))) for _ in range(3)]
+        boxes = np.array([box for box, _ in own]) + rng.normal(0, 1.5, (len(own), 4))
+        boxes = torch.tensor(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), dtype=torch.float32)
+        labels = torch.tensor([1 + images.categories.index(category) for _, category in own])
+        found.append({"boxes": boxes, "labels": labels, "scores": torch.tensor(rng.random(len(own)))})
+    detections = detection_train.coco_detections(found, images)
+    assert {one["category_id"] for one in detections} == {1, 13, 90} and detections[0]["image_id"] == 9
+    (tmp_path / "found.json").write_text(json.dumps(detections))
+    aps, maps = detection_train.coco_map(found, images)
+    strict, loose = by_hand(path, tmp_path / "found.json")
+    assert maps == {"map_50": pytest.approx(loose, abs=1e-12), "map_50_95": pytest.approx(strict, abs=1e-12)}
+    assert 20 < strict < loose < 99 and [*aps] == ["person", "stop sign"]  # none is a toothbrush
+    content = json.loads(path.read_text())
+    for a in content["annotations"]:
+        a["id"] -= 1  # some sets count from 0, which pycocotools takes for none
+    path.write_text(json.dumps(content))
+    assert detection_train.coco_map(found, data.COCOImages(tmp_path, "val", False, 0))[1] == maps
+    nothing = [{name: t[:0] for name, t in one.items()} for one in found]
+    assert detection_train.coco_map(nothing, images)[1] == {"map_50": 0, "map_50_95": 0}
+
+
 # Pictures
 
 
@@ -772,6 +1002,12 @@ def test_learning_rate(flags):
     points = (0, 59_999, 60_000, 79_999)
     assert [detection_train.lr_at(t, args) for t in points] == [0.001, 0.001, 0.0001, 0.0001]
     assert flags("--dataset", "synthetic", "--lr", 0.5).lr == 0.5
+    args = flags("--dataset", "coco")  # 240,000 and 80,000, of 8 images; and smaller anchors
+    assert (args.iterations, args.batch_size, args.data, args.train) == (320_000, 8, "data/coco", "2014")
+    assert [detection_train.lr_at(t, args) for t in (239_999, 240_000)] == [0.001, 0.0001]
+    args.width, about = 8, {"classes": ["x"] * 80} | weights.grey_levels(data.MEAN, data.STD)
+    net = detection.detector(args, about)
+    assert net.rpn.anchor_generator.sizes == ((64, 128, 256, 512),) and net.cls.out_features == 81
 
 
 TINY = (
@@ -796,19 +1032,76 @@ def test_a_run_and_its_folder(start, quick, monkeypatch, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5, 6] and float(rows[3]["lr"]) == 0.002
     assert float(rows[5]["lr"]) == pytest.approx(0.0002) and not rows[0]["map_area"]
-    for rule in ("11point", "area"):
-        mean = np.mean([ap[rule] for ap in result["aps"].values()])
-        assert result[f"map_{rule}"] == pytest.approx(mean) == pytest.approx(float(rows[-1][f"map_{rule}"]))
+    tested = json.loads(pathlib.Path("run/baseline.json").read_text())
+    for rule in ("map_11point", "map_area"):
+        mean = np.mean([ap[rule] for ap in tested["aps"].values()])
+        assert result[rule] == tested[rule] == pytest.approx(mean) == pytest.approx(float(rows[-1][rule]))
     assert {"dataset": "synthetic", "unit": "basic", "diverged": False, "short": 128}.items() <= result.items()
-    assert set(result["aps"]) <= set(data.Shapes.classes)
+    assert set(tested["aps"]) <= set(data.Shapes.classes) and tested["iterations"] == [6]
     groups = checkpoint.load("run")["optimizer"]["param_groups"]
     assert [(g["momentum"], g["weight_decay"]) for g in groups] == [(0.9, 5e-4), (0.9, 0)]  # the paper's
-    assert [path.name for path in sorted(tmp_path.glob("run/*.png"))] == ["found-0.png"]
-    assert Image.open("run/found-0.png").size == (128, 128)
+    assert [path.name for path in sorted(tmp_path.glob("run/*.png"))] == ["baseline-0.png"]
+    assert Image.open("run/baseline-0.png").size == (128, 128)
     assert "already finished" in start(*TINY, "--out", "run")[1]
     status, printed = start("--evaluate", "run", "--draw", 2, "--workers", 0, "--device", "cpu")
-    shown = f"run: mAP (11-point) {result['map_11point']:.2f} %, mAP (area) {result['map_area']:.2f} % after 6 of 6"
-    assert status == 0 and shown in printed and len([*tmp_path.glob("run/*.png")]) == 2
+    shown = f"run: baseline, mAP (11-point) {result['map_11point']:.2f} %, mAP (area) {result['map_area']:.2f} %"
+    assert status == 0 and f"{shown} after 6 of 6" in printed and len([*tmp_path.glob("run/*.png")]) == 2
+
+
+def test_tests_besides_the_baseline(start, quick, monkeypatch, tmp_path):
+    """At the end of a run, or of a run that has finished; each once."""
+    tests, detect = [], detection.Detector.detect
+    monkeypatch.setattr(detection.Detector, "detect", lambda *words: tests.append(words[-1]) or detect(*words))
+    words = [*TINY, "--images", 5, "--iterations", 1, "--out", "run"]
+    assert start(*words, "--test", "refine")[0] == 0 and tests == ["baseline", "refine"]
+    status, printed = start(*words, "--test", "baseline,refine,multi-scale")
+    assert status == 0 and tests[2:] == ["multi-scale"] and "run: multi-scale, mAP (11-point)" in printed
+    assert [path.name for path in sorted(tmp_path.glob("run/*-0.png"))] == [
+        f"{name}-0.png" for name in ("baseline", "multi-scale", "refine")
+    ]
+    written = {name: pathlib.Path(f"run/{name}.json").read_bytes() for name in detection.TESTS}
+    assert start("--evaluate", "run", "--test", "refine,multi-scale", "--workers", 0, "--device", "cpu")[0] == 0
+    assert written == {name: pathlib.Path(f"run/{name}.json").read_bytes() for name in detection.TESTS}
+    pathlib.Path("run/refine.json").unlink()
+    for path in pathlib.Path("run").glob("checkpoint*"):
+        path.unlink()
+    status, printed = start(*words, "--test", "refine")
+    assert status == 2 and "run is finished and holds no checkpoint of its end to test" in printed
+
+
+def test_a_run_on_coco(start, quick, monkeypatch, tmp_path):
+    """Ids with gaps and a crowd go through training and tests, with context; the mAP is that of pycocotools called by
+    hand, and a picture of another size than its boxes' is refused."""
+    objects_ = [*COCO_OBJECTS[:1], (4, 1, [20, 20, 50, 50], {}), *COCO_OBJECTS[2:]]
+    write_coco(tmp_path / "own", "train", {n: (120, 90) for n in (7, 30, 4)}, objects_)
+    objects_ = [(*one[:3], {"iscrowd": 0, "area": 300} | one[3]) for one in objects_]  # pycocotools needs both
+    path = write_coco(tmp_path / "own", "val", {n: (120, 90) for n in (7, 30, 4)}, objects_)
+    make = detection.detector
+
+    def confident(*words):  # about everything, so that something is right
+        net = make(*words)
+        net.cls.bias.data.copy_(torch.tensor([0.0, 1, 1, 1]))
+        return net
+
+    monkeypatch.setattr(detection, "detector", confident)
+    words = "--dataset coco --data own --depth 18 --width 8 --short 64 --context --test refine --iterations 2".split()
+    words += "--lr 1e-6 --batch-size 2 --workers 0 --device cpu --draw 1 --out run".split()
+    status, printed = start(*words)
+    assert status == 0 and "ResNet-18, with context (" in printed and "2 training images of 3 classes" in printed
+    result, log = (pathlib.Path("run", name).read_text() for name in ("result.json", "log.csv"))
+    for name in ("baseline", "refine"):
+        tested = json.loads(pathlib.Path(f"run/{name}.json").read_text())
+        strict, loose = by_hand(path, f"run/detections-{name}.json")
+        assert (tested["map_50_95"], tested["map_50"]) == pytest.approx((strict, loose), abs=1e-12) and loose > 0
+        assert {one["category_id"] for one in json.loads(pathlib.Path(f"run/detections-{name}.json").read_text())} <= {
+            1,
+            13,
+            90,
+        }
+    assert json.loads(result)["context"] and "map_50,map_50_95" in log
+    Image.new("RGB", (60, 90)).save("own/val/30.jpg")
+    status, printed = start("--evaluate", "run", "--workers", 0, "--device", "cpu")
+    assert status == 2 and "own/val/30.jpg cannot be read: it has 60 x 90 pixels" in printed
 
 
 def test_a_stopped_run_continues_to_the_same_bits(start, quick, monkeypatch):
@@ -863,12 +1156,12 @@ def test_one_process_and_two_agree(tmp_path, world_of_one, monkeypatch):
 def test_training_goes_on_after_an_evaluation(world_of_one):
     """On every image once, in order, with each class that occurs; and the net is as it was."""
     net, images = detector().train(), data.Shapes(5, 0)
-    words = images, training.Precision("float32", torch.device("cpu")), 0, torch.device("cpu")
+    words = images, "baseline", training.Precision("float32", torch.device("cpu")), 0, torch.device("cpu")
     found, aps, maps = detection_train.evaluate(net, *words)
     assert net.training and [*aps] == [
         c for i, c in enumerate(images.classes, 1) if any(i in o[1] for o in images.objects)
     ]
-    assert maps == {f"map_{rule}": np.mean([ap[rule] for ap in aps.values()]) for rule in ("11point", "area")}
+    assert maps == {rule: np.mean([ap[rule] for ap in aps.values()]) for rule in ("map_11point", "map_area")}
     net.eval()
     for i, one in enumerate(found):
         again = net.detect(detection_train.as_image(torch.from_numpy(images.pixels[i]), torch.device("cpu")))
@@ -930,8 +1223,8 @@ def test_a_folder_of_ones_own(start, quick, tmp_path):
     )
     status, printed = start(*words)
     assert status == 0 and "2 training images of 2 classes" in printed
-    assert [*json.loads(pathlib.Path("run/result.json").read_text())["aps"]] == ["cat", "dog"]
-    assert Image.open("run/found-0.png").size == (120, 90)
+    assert [*json.loads(pathlib.Path("run/baseline.json").read_text())["aps"]] == ["cat", "dog"]
+    assert Image.open("run/baseline-0.png").size == (120, 90)
     write_voc(tmp_path / "own", {"c": ((120, 90), [("cow", 11, 11, 50, 60)])}, {"train": "c"})
     status, printed = start("--evaluate", "run", "--workers", 0, "--device", "cpu")
     assert status == 2 and "run is of cat, dog and the images of cow" in printed
@@ -956,6 +1249,10 @@ BAD = [
     ("--evaluate nowhere", "there is no run in nowhere"),
     ("--evaluate nowhere --short 64", "--evaluate goes without --short"),
     ("--batch-size 2 --regions 3", "unrecognized arguments"),
+    ("--test refine,5-scale", "--test 5-scale is none of baseline, refine, multi-scale"),
+    ("--train 2017", "--train 2017 is no part of voc"),
+    ("--dataset coco --train 07", "--train 07 is no part of coco"),
+    ("--dataset coco --data nowhere", "nowhere/annotations/instances_train2014.json"),
 ]
 
 

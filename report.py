@@ -53,7 +53,9 @@ SHORT = {
 
 METRICS = {"test_error": "test error %", "val_top1": "1-crop top-1", "val_top5": "1-crop top-5"}
 METRICS |= {"map_11point": "mAP (11-point)", "map_area": "mAP (area)", "train_loss": "training loss"}
-TOPS = {"top1": "top-1", "top5": "top-5"}  # no top-5 where there are fewer than 6 classes
+COCO = {"map_50": "mAP@.5", "map_50_95": "mAP@[.5,.95]"}
+METRICS |= COCO
+EVALUATED = {"top1": "top-1", "top5": "top-5"} | COCO  # no top-5 where there are fewer than 6 classes
 PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # when a row has runs of several, its cells show the first
 
 
@@ -67,10 +69,11 @@ def read_run(folder):
         values = {metric: run[name] for name, metric in METRICS.items() if name in run}
         if run["precision"] not in PRECISIONS or "dataset" not in run or (len(values) < 2 and not average):
             raise ValueError("result.json lacks a known precision, the data set, an error or the training loss")
-        for path in sorted({*folder.glob("*.json")} - {folder / "result.json", folder / "config.json"}):
+        others = {folder / "result.json", folder / "config.json", *folder.glob("detections-*.json")}
+        for path in sorted({*folder.glob("*.json")} - others):
             evaluation = json.loads(path.read_text("utf-8"))
-            if average or (evaluation["iterations"] == [run["iterations"]] and not evaluation["recompute_bn"]):
-                values |= {f"{path.stem} {TOPS[key]}": evaluation[key] for key in TOPS if key in evaluation}
+            if average or (evaluation["iterations"] == [run["iterations"]] and not evaluation.get("recompute_bn")):
+                values |= {f"{path.stem} {EVALUATED[key]}": evaluation[key] for key in EVALUATED if key in evaluation}
         numbers = [run["seconds"], run["peak_memory"], *(() if run["diverged"] else values.values())]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"a number is not finite: {numbers}")
@@ -293,7 +296,7 @@ def runs_of(tag, rows):
         median = statistics.median(values_of(rows[cell["run"]], cell["metric"]) or [math.nan])
         numbers = re.findall(r"[\d.]+", cell["paper"])  # of "6.43 (6.61±0.16)", the lowest of 5 runs, take the mean
         difference = median - float(numbers["lowest" in cell["row"]]) if numbers else 0
-        label = cell["row"] + (f", {cell['column']}" if "top" in cell["metric"] else "")
+        label = cell["row"] + (f", {cell['column']}" if re.search("top|@", cell["metric"]) else "")
         if abs(difference) > 0.5:
             far.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
         elif cell["paper"] == "fail" and median <= 20:
@@ -447,7 +450,8 @@ def draw_run(folder):
     run = {"log": read_log(folder)}
     error = {"train_error": ("training", "C7"), "test_error": ("test", "C0"), "val_error": ("validation", "C1")}
     panels = {"error, %": error | {"val_top1": ("validation, top-1", "C0")}}
-    panels |= {"mAP, %": {"map_11point": ("test, 11-point", "C0"), "map_area": ("test, area", "C1")}}
+    coco = {"map_50": ("test, @.5", "C0"), "map_50_95": ("test, @[.5,.95]", "C1")}
+    panels |= {"mAP, %": {"map_11point": ("test, 11-point", "C0"), "map_area": ("test, area", "C1")} | coco}
     panels |= {"top-5 error, %": {"val_top5": ("validation, top-5", "C2")}, "loss": {"train_loss": ("training", "C7")}}
     panels = {label: lines for label, lines in panels.items() if any(points(run, quantity) for quantity in lines)}
     figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + 2.4 * len(panels)), sharex=True, squeeze=False)

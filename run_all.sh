@@ -9,7 +9,7 @@
 #   OUT=DIR bash run_all.sh             put the runs into a folder of your own, instead of results/
 #   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
 #   JOBS=4 bash run_all.sh              four runs side by side, spread over the GPUs that CUDA_VISIBLE_DEVICES allows
-#   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       start ImageNet rows so, each on all GPUs
+#   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       start ImageNet and detection rows so, each on all GPUs
 #   SMOKE=1 bash run_all.sh             try each row once: a few steps on small synthetic images, CIFAR nets at depth 20
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
@@ -128,10 +128,15 @@ rows="
 2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
 
-# [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), which should be high. The weights of
-# VGG-16 are torchvision's: download.pytorch.org/models/vgg16-397923af.pth (VOC 2012's test set has no public labels)
+# VGG-16's weights are torchvision's: download.pytorch.org/models/vgg16-397923af.pth
+# [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), which should be high
 1-table7                             73.2       1      voc/vgg16                                --vgg --weights vgg16-397923af.pth
 1-table7                             76.4       1      voc/101                                  --weights imagenet/101/seed1
+
+# [1] Tables 8 and 9: detection, COCO 2014 val, trained on train: mAP@.5 and mAP@[.5,.95] in %, with context those with refine
+1-table8                             41.5,21.2  1      coco/vgg16                               --dataset coco --vgg --weights vgg16-397923af.pth
+1-table8,1-table9                    48.4,27.2  1      coco/101                                 --dataset coco --weights imagenet/101/seed1 --test refine
+1-table9                             51.1,30.0  1      coco/101-context                         --dataset coco --weights imagenet/101/seed1 --context --test refine,multi-scale
 
 # Open choices: what the papers do not say, done the other way (ResNet-110)
 open                                 8.70       5      cifar10/110-exclusive-gating-6-gate-bn   --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6 --unit-arg gate_bn=true
@@ -251,8 +256,8 @@ command_of() { # sets a run's name, its paper and tags, and `command`, the words
     read -r name paper tags flags <<<"${runs[$1]}"
     command=(python cifar_train.py)
     [[ $name != imagenet/* ]] || command=("${launch[@]}" imagenet_train.py)
-    [[ $name != voc/* ]] || command=("${launch[@]}" detection_train.py)
-    [[ -z $smoke || $name != voc/* ]] || flags= # no weights are there yet
+    [[ $name != @(voc|coco)/* ]] || command=("${launch[@]}" detection_train.py)
+    [[ -z $smoke || $name != @(voc|coco)/* ]] || flags=$(sed -E 's/--vgg|--weights [^ ]+//g' <<<"$flags") # not there yet
     for word in $flags; do
         [[ $word != imagenet/*/seed* ]] || word=$results/$word
         [ -z "$smoke" ] || word=${word/%seed2/seed1}
@@ -261,7 +266,7 @@ command_of() { # sets a run's name, its paper and tags, and `command`, the words
     if [[ $flags != *--evaluate* ]]; then
         command+=(--seed "${name##*/seed}")
         [ -z "$smoke" ] || case $name in
-            voc/*) command+=(--dataset synthetic --images 8 --iterations 2 --workers 0) ;;
+            voc/* | coco/*) command+=(--dataset synthetic --images 8 --iterations 2 --workers 0) ;;
             imagenet/*) command+=($smoke --images 16 --crop 32 --epochs 1 --workers 0) ;;
             *) command+=($smoke --images 64 --depth 20 --iterations 4) ;;
         esac
@@ -330,7 +335,7 @@ run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed 
         [ -z "$smoke" ] || echo "  $name" >>"$failed"
         return
     }
-    [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = @(imagenet|voc)/*) ]] ||
+    [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = @(imagenet|voc|coco)/*) ]] ||
         export CUDA_VISIBLE_DEVICES=${gpus[((i - 1) * jobs + $2) % ${#gpus[@]}]}
     if [ -z "$smoke" ]; then
         echo "$name (the paper: $paper): $(quoted "${command[@]}")"

@@ -1161,7 +1161,16 @@ def test_training_goes_on_after_an_evaluation(world_of_one):
     assert net.training and [*aps] == [
         c for i, c in enumerate(images.classes, 1) if any(i in o[1] for o in images.objects)
     ]
-    assert maps == {rule: np.mean([ap[rule] for ap in aps.values()]) for rule in ("map_11point", "map_area")}
+    rules = ("map_11point", "map_area", "map_area_50_95")
+    assert maps == {rule: pytest.approx(np.mean([ap[rule] for ap in aps.values()])) for rule in rules}
+    truth = [
+        {"boxes": boxes.clone(), "scores": 1 + torch.zeros(len(boxes)), "labels": labels}
+        for boxes, labels, _ in images.objects
+    ]
+    for (_, y1, _, y2), one in ((one["boxes"].T, one) for one in truth):
+        one["boxes"][:, 3] = y1 + 0.77 * (y2 - y1)
+    strict = detection_train.voc_map(truth, images)[1]  # IoU 0.77: right up to 0.75, the sixth of ten
+    assert strict["map_area"] == 100 and strict["map_area_50_95"] == pytest.approx(60)
     net.eval()
     for i, one in enumerate(found):
         again = net.detect(detection_train.as_image(torch.from_numpy(images.pixels[i]), torch.device("cpu")))

@@ -100,7 +100,7 @@ def test_every_cifar_row_is_a_command_that_parses(parse):
     assert len({line.split()[0] for line in lines}) == len(lines)
     for line in lines:
         name, paper, *command = line.split()
-        if name.startswith(("imagenet", "voc")):
+        if name.startswith(("imagenet", "voc", "coco")):
             continue
         assert command[:2] == ["python", "cifar_train.py"] and "--unit" in command and "--depth" in command
         args = parse(cifar_train, command[1:])
@@ -147,11 +147,12 @@ def test_every_detection_row_is_a_command_that_parses(parse, monkeypatch):
     begin[1].update(weights.grey_levels(data.MEAN, data.STD))
     monkeypatch.setattr(detection_train, "load_vgg", lambda path: begin)
     monkeypatch.setattr(flags, "load_weights", lambda path, layout: begin)
-    for line in listed("1-table7", SEEDS="1"):
+    for line in listed("1-table7", "1-table8", "1-table9", SEEDS="1"):
         name, _, *command = line.split()
         assert command[:2] == ["python", "detection_train.py"]
         args = parse(detection_train, command[1:])
-        assert args.out == f"results/{name}" and args.vgg == ("vgg" in name) and args.train == "07+12"
+        assert args.out == f"results/{name}" and args.vgg == ("vgg" in name) and args.context == ("context" in name)
+        assert (args.dataset, args.train) == (name[: name.index("/")], "2014" if "coco" in name else "07+12")
         assert args.weights == ("vgg16-397923af.pth" if args.vgg else "results/imagenet/101/seed1")
 
 
@@ -163,6 +164,8 @@ def test_rows_of_the_tables():
         "1-table4": 5,
         "1-table5": 1,
         "1-table7": 2,
+        "1-table8": 2,
+        "1-table9": 2,
         "2-table5": 5,
         "2-section5": 7,
         "open": 9,
@@ -245,8 +248,8 @@ def test_costs_are_of_the_rows():
     assert list(costs) == list(rows)
     for row, line in rows.items():
         images, seconds, memory = costs[row]
-        if row.startswith("voc"):
-            assert images == 80_000 * 2 and 1 < seconds < 20 and int(memory) > 1e9
+        if row.startswith(("voc", "coco")):
+            assert images == (80_000 * 2 if "voc" in row else 320_000 * 8) and 1 < seconds < 20 and int(memory) > 1e9
         elif row.startswith("imagenet"):
             assert abs(images / (90 * 1_281_167) - 1) < 0.01 and 0.1 < seconds < 1.2
         else:

@@ -398,8 +398,8 @@ def test_vgg_cut_in_two_is_vgg():
 
 
 def test_parameters():
-    """The papers' two detectors of VOC's 20 classes, BN's scales and offsets included; 91 layers of ResNet-101 are
-    shared."""
+    """The papers' two detectors of VOC's 20 classes, and that of COCO's 80, BN's scales and offsets included; 91 layers
+    of ResNet-101 are shared."""
 
     def count(net):
         fixed = sum(b.numel() for name, b in net.named_buffers() if name.endswith(("weight", "bias")))
@@ -411,6 +411,11 @@ def test_parameters():
     assert count(one) == 52_199_638
     assert count(one) - count(one.rpn) + 9 * 1024 * 512 + 512 + 513 * 45 == 47_457_494  # an RPN 512 wide, as VGG's
     assert count(two) == 137_073_622
+    with torch.device("meta"):
+        net = models.imagenet_resnet(101, units.Bottleneck)
+        context = detection.Detector(net, 80, data.MEAN, data.STD, context=True, anchors=detection.COCO_ANCHORS)
+        coco = detection.Detector(net, 80, data.MEAN, data.STD, anchors=detection.COCO_ANCHORS)
+    assert (count(coco), count(context)) == (52_829_713, 53_659_153)
     layers = [name for name, layer in one.trunk.named_modules() if isinstance(layer, nn.Conv2d)]
     assert len([name for name in layers if "shortcut" not in name]) == 91 and len(layers) == 94
 

@@ -38,6 +38,11 @@ FIGURES = {
 # The tables of the short schedule, and the pairs of rows whose difference the page states
 SHORT = {
     "short": {},
+    "short-long": {
+        "from original to 1-layer skips": ("original", "pre-activation, 1-layer skip"),
+        "from exclusive gating to a 1x1 conv shortcut": ("exclusive gating, b_g = -6", "1x1 conv shortcut"),
+        "from exclusive gating to 1-layer skips": ("exclusive gating, b_g = -6", "pre-activation, 1-layer skip"),
+    },
     "short-depth": {
         "plain nets, from 20 to 56 layers": ("plain-20", "plain-56"),
         "residual nets, from 20 to 56 layers": ("ResNet-20", "ResNet-56"),
@@ -201,7 +206,7 @@ def short_table(rows, tag="short"):
     for label, paper, runs in short_rows(rows, tag):
         losses = [loss for loss in values_of(runs, "training loss") if loss < math.inf]
         lines.append((label, paper, ours(runs), f"{statistics.median(losses):.2f}" if losses else ""))
-    first, column = "unit" if tag == "short" else "net", cells(tag)[0]["column"]
+    first, column = "unit" if tag in ("short", "short-long") else "net", cells(tag)[0]["column"]
     return markdown(f"| {first} | {column} | test error, % | training loss |", lines)
 
 
@@ -493,7 +498,8 @@ def page(rows, others, problems):
     """results/README.md: paper/page.md with every {table} filled in, then the runs that are in no table."""
     parts = {cell["table"]: table(cell["table"], rows) for cell in cells() if cell["table"] not in SHORT}
     for tag in SHORT:
-        parts[tag] = [*short_table(rows, tag), "", f"![{tag} schedule]({tag}.svg)", *short_differences(rows, tag)]
+        picture = [] if tag == "short-long" else ["", f"![{tag} schedule]({tag}.svg)"]
+        parts[tag] = [*short_table(rows, tag), *picture, *short_differences(rows, tag)]
     parts["short"] = [short_note(rows), "", *parts["short"], "", *short_orders(rows)]
     parts = {tag: [*lines, "", *runs_of(tag, rows)] for tag, lines in parts.items()}
     text = (HERE / "paper" / "page.md").read_text("utf-8")

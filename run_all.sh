@@ -36,6 +36,7 @@ cd "$here" || exit 1
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}" # OpenMP's spinning threads make a busy machine several times slower
 
 short="--iterations 1600 --batch-size 32 --micro-batch 32 --lr 0.05 --warmup 100"
+long=${short/1600/6400}
 
 rows="
 # tags                               paper      seeds  name                                     flags
@@ -162,6 +163,12 @@ short                                -          3      short/38-conv-shortcut   
 short                                -          3      short/38-dropout-shortcut                --depth 38 --unit basic-dropout-shortcut $short
 short                                -          3      short/38-single                          --depth 38 --unit single $short
 short                                -          3      short/38-single-preact                   --depth 38 --unit single-preact $short
+
+# Four times as many iterations: do the orders that the short schedule has against the papers come from its length?
+short-long                           -          1      short/38-long                            --depth 38 --unit basic $long
+short-long                           -          1      short/38-exclusive-gating-6-long         --depth 38 --unit basic-exclusive-gating --unit-arg gate_bias=-6 $long
+short-long                           -          1      short/38-single-preact-long              --depth 38 --unit single-preact $long
+short-long                           -          1      short/38-conv-shortcut-long              --depth 38 --unit basic-conv-shortcut $long
 
 # Degradation on the short schedule: plain and residual nets of growing depth, as in [1] Figs 1 and 6
 short-depth                          -          3      short/20-plain                           --depth 20 --unit basic-plain $short

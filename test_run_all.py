@@ -121,7 +121,9 @@ def test_every_cifar_row_is_a_command_that_parses(parse):
             assert args.unit_args["gate_bn"] == ("gate-bn" in name)
         assert (args.decay_all, args.fan_in) == ("decay-all" in name, "fan-in" in name)
         body = "single" if "single" in name else "bottleneck" if args.depth in (164, 1001) else "basic"
-        panel = re.sub(r"^.*?/\d+|-batch64|-decay-all|-fan-in|(-[\d.]+)+(-gate-bn)?$", "", name.rpartition("/")[0])
+        panel = re.sub(
+            r"^.*?/\d+|-batch64|-decay-all|-fan-in|(-[\d.]+)*(-gate-bn|-long)?$", "", name.rpartition("/")[0]
+        )
         assert args.unit == body + panel.replace("-single", "")
 
 
@@ -170,7 +172,7 @@ def test_rows_of_the_tables():
         "2-section5": 7,
         "open": 9,
     }
-    rows |= {"short-depth": 8, "short-1001": 4}
+    rows |= {"short-long": 4, "short-depth": 8, "short-1001": 4}
     tagged = tags().values()
     assert {tag: sum(tag in row for row in tagged) for tag in rows} == rows and set().union(*tagged) == set(rows)
     assert len(listed("2-table4", SEEDS="1")) == 9  # by its tag, wherever a row stands
@@ -254,7 +256,11 @@ def test_costs_are_of_the_rows():
             assert abs(images / (90 * 1_281_167) - 1) < 0.01 and 0.1 < seconds < 1.2
         else:
             assert images == (
-                156_250 * 64 if "resnet-1k" in line else 1_600 * 32 if row.startswith("short") else 64_000 * 128
+                156_250 * 64
+                if "resnet-1k" in line
+                else int(re.search(r"--iterations (\d+)", line)[1]) * 32
+                if row.startswith("short")
+                else 64_000 * 128
             )
             assert 0.002 < seconds < 0.2 and int(memory) > 1e9
 

@@ -6,6 +6,10 @@ Images are (3, H, W), RGB in 0 ... 1, of any size and one at a time. Boxes (N, 4
 open; labels (N,) are 1, 2, ..., and 0 is no object.
 """
 
+import contextlib
+import io
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
@@ -17,6 +21,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_area, box_iou, clip_boxes_to_image, roi_pool
 from torchvision.utils import draw_bounding_boxes
 
+from data import COCOImages
 from models import ResNet, imagenet_resnet
 from units import UNITS
 
@@ -236,3 +241,95 @@ def draw(pixels, found, classes, least=0.5):
     if not names:
         return pixels
     return draw_bounding_boxes(pixels, boxes, names, colours, width=2, label_colors="white", fill_labels=True)
+
+
+# What was found against what is there
+
+VOC = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007, of VOC 2010 and later; IoU 0.5
+COLUMNS = {"voc": VOC, "synthetic": VOC, "coco": {"map_50": "mAP@.5", "map_50_95": "mAP@[.5,.95]"}}
+
+
+def average_precision(found, truth, label, least=0.5):
+    """The AP (%) of a class by VOC's rules: {"11point": the mean precision at 11 recalls, as of 2007, "area": the area
+    under the curve, as of 2010}. None where the class does not occur.
+
+    found: of each image what `detect` found. truth: of each image its boxes, labels and which are difficult. By
+    falling score, a box is right if, of its class's objects, that of the largest IoU has more than `least` and was not
+    found before; if that one is difficult it is neither right nor wrong.
+    """
+    scores, right, positives = [], [], 0
+    for detections, (boxes, labels, difficult) in zip(found, truth, strict=True):
+        boxes, difficult = boxes[labels == label], difficult[labels == label]
+        positives += int((~difficult).sum())
+        own = (detections["labels"] == label).nonzero().flatten()
+        if not len(own):
+            continue
+        own = own[detections["scores"][own].argsort(descending=True, stable=True)]
+        overlaps, taken = box_iou(detections["boxes"][own].double(), boxes.double()), set()
+        for score, overlap in zip(detections["scores"][own].tolist(), overlaps, strict=True):
+            i = int(overlap.argmax()) if len(boxes) else -1
+            hit = i >= 0 and bool(overlap[i] > least)
+            if not (hit and difficult[i]):
+                scores.append(score)
+                right.append(hit and i not in taken)
+            if hit:
+                taken.add(i)
+    if not positives:
+        return None
+    right = np.array(right, dtype=bool)[np.argsort(-np.array(scores), kind="stable")].cumsum()
+    recall, precision = right / positives, right / np.arange(1, 1 + len(right))
+    points = [precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)]
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # that of the same or a larger recall
+    area = (np.diff(recall, prepend=0) * precision).sum()
+    return {"11point": 100 * float(np.mean(points)), "area": 100 * float(area)}
+
+
+def measure(found, images):
+    """{class: its AP} of the classes that occur, and the means of these, by the rules of the images' kind; in %."""
+    return (coco_map if isinstance(images, COCOImages) else voc_map)(found, images)
+
+
+def voc_map(found, images):
+    """{class: its AP} of the classes that occur, by VOC's rules, and the means of these. Besides COLUMNS, to compare
+    Table 9's tests by, the area under the curve, on average over IoUs of 0.5, 0.55, ..., 0.95."""
+    aps = {}
+    for i, c in enumerate(images.classes):
+        at = [average_precision(found, images.objects, 1 + i, (50 + 5 * k) / 100) for k in range(10)]
+        if at[0]:
+            aps[c] = {f"map_{rule}": value for rule, value in at[0].items()}
+            aps[c]["map_area_50_95"] = sum(ap["area"] for ap in at) / 10
+    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in (*VOC, "map_area_50_95")}
+
+
+def coco_map(found, images):
+    """As voc_map, by COCO's rules: pycocotools measures."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO()
+    truth.dataset, detections = images.truth, coco_detections(found, images)
+    precision = np.zeros((10, 1, len(images.classes)))  # by IoU, recall and class
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        if detections:  # it cannot read an empty list
+            judge = COCOeval(truth, truth.loadRes(detections), "bbox")
+            judge.evaluate()
+            judge.accumulate()
+            precision = judge.eval["precision"][..., 0, 2]  # objects of any size, 100 detections an image
+    by_class, aps = 100 * precision.mean(axis=1).T, {}
+    occurring = {a["category_id"] for a in images.truth["annotations"] if not a["iscrowd"]}
+    for number, c, ap in zip(images.categories, images.classes, by_class, strict=True):
+        if number in occurring:
+            aps[c] = {"map_50": float(ap[0]), "map_50_95": float(ap.mean())}
+    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in COLUMNS["coco"]}
+
+
+def coco_detections(found, images):
+    """What was found, as COCO's server and pycocotools read it: [{"image_id", "category_id", "bbox", "score"}, ...]."""
+    detections = []
+    for number, one in zip(images.ids, found, strict=True):
+        boxes, scores, labels = (one[name].tolist() for name in ("boxes", "scores", "labels"))
+        for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True):
+            box = {"image_id": number, "category_id": images.categories[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            detections.append(box | {"score": score})
+    return detections

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torchvision.ops import box_iou
 
 import checkpoint
 import data
@@ -75,9 +74,6 @@ RECIPES = {
 
 PRETRAINING = 200  # iterations, where there are no --weights
 
-VOC = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007, of VOC 2010 and later; IoU 0.5
-COLUMNS = {"voc": VOC, "synthetic": VOC, "coco": {"map_50": "mAP@.5", "map_50_95": "mAP@[.5,.95]"}}
-
 IDENTITY = (  # the flags that make a run this run; any other may change when it is continued
     "dataset train images vgg depth unit unit_args width short roi regions context iterations batch_size lr seed "
     "precision"
@@ -88,88 +84,6 @@ SETTINGS = "data workers device out checkpoint_seconds timeout".split()
 def lr_at(iteration, args):
     """The learning rate of an iteration (0, 1, ...): divided by 10 after three quarters, [3] Section 3.1.3."""
     return args.lr / (10 if iteration >= round(0.75 * args.iterations) else 1)
-
-
-def average_precision(found, truth, label, least=0.5):
-    """The AP (%) of a class by VOC's rules: {"11point": the mean precision at 11 recalls, as of 2007, "area": the area
-    under the curve, as of 2010}. None where the class does not occur.
-
-    found: of each image what `detect` found. truth: of each image its boxes, labels and which are difficult. By
-    falling score, a box is right if, of its class's objects, that of the largest IoU has more than `least` and was not
-    found before; if that one is difficult it is neither right nor wrong.
-    """
-    scores, right, positives = [], [], 0
-    for detections, (boxes, labels, difficult) in zip(found, truth, strict=True):
-        boxes, difficult = boxes[labels == label], difficult[labels == label]
-        positives += int((~difficult).sum())
-        own = (detections["labels"] == label).nonzero().flatten()
-        if not len(own):
-            continue
-        own = own[detections["scores"][own].argsort(descending=True, stable=True)]
-        overlaps, taken = box_iou(detections["boxes"][own].double(), boxes.double()), set()
-        for score, overlap in zip(detections["scores"][own].tolist(), overlaps, strict=True):
-            i = int(overlap.argmax()) if len(boxes) else -1
-            hit = i >= 0 and bool(overlap[i] > least)
-            if not (hit and difficult[i]):
-                scores.append(score)
-                right.append(hit and i not in taken)
-            if hit:
-                taken.add(i)
-    if not positives:
-        return None
-    right = np.array(right, dtype=bool)[np.argsort(-np.array(scores), kind="stable")].cumsum()
-    recall, precision = right / positives, right / np.arange(1, 1 + len(right))
-    points = [precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)]
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # that of the same or a larger recall
-    area = (np.diff(recall, prepend=0) * precision).sum()
-    return {"11point": 100 * float(np.mean(points)), "area": 100 * float(area)}
-
-
-def voc_map(found, images):
-    """{class: its AP} of the classes that occur, by VOC's rules, and the means of these. Besides COLUMNS, to compare
-    Table 9's tests by, the area under the curve, on average over IoUs of 0.5, 0.55, ..., 0.95."""
-    aps = {}
-    for i, c in enumerate(images.classes):
-        at = [average_precision(found, images.objects, 1 + i, (50 + 5 * k) / 100) for k in range(10)]
-        if at[0]:
-            aps[c] = {f"map_{rule}": value for rule, value in at[0].items()}
-            aps[c]["map_area_50_95"] = sum(ap["area"] for ap in at) / 10
-    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in (*VOC, "map_area_50_95")}
-
-
-def coco_map(found, images):
-    """As voc_map, by COCO's rules: pycocotools measures."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    truth, names = COCO(), COLUMNS["coco"]
-    truth.dataset, detections = images.truth, coco_detections(found, images)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        judge = (
-            COCOeval(truth, truth.loadRes(detections), "bbox") if detections else None
-        )  # it cannot read an empty list
-        if judge:
-            judge.evaluate()
-            judge.accumulate()
-    occurring = {a["category_id"] for a in truth.anns.values() if not a["iscrowd"]}
-    aps = {}
-    for i, (number, c) in enumerate(zip(images.categories, images.classes, strict=True)):
-        if number in occurring:
-            by_iou = judge.eval["precision"][:, :, i, 0, 2].mean(axis=1) if judge else np.zeros(10)
-            aps[c] = dict(zip(names, (100 * float(by_iou[0]), 100 * float(by_iou.mean())), strict=True))
-    return aps, {name: sum(ap[name] for ap in aps.values()) / len(aps) for name in names}
-
-
-def coco_detections(found, images):
-    """What was found, as COCO's server and pycocotools read it: [{"image_id", "category_id", "bbox", "score"}, ...]."""
-    detections = []
-    for number, one in zip(images.ids, found, strict=True):
-        boxes, scores, labels = (one[name].tolist() for name in ("boxes", "scores", "labels"))
-        for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True):
-            box = {"image_id": number, "category_id": images.categories[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            detections.append(box | {"score": score})
-    return detections
 
 
 def evaluate(net, images, test, precision, workers, device):
@@ -191,7 +105,7 @@ def evaluate(net, images, test, precision, workers, device):
     net.train()
     dist.all_gather_object(parts, own, group=checkpoint.control)
     found = [parts[i % world][i // world] for i in range(len(images))]
-    measured = [(coco_map if hasattr(images, "truth") else voc_map)(found, images) if rank == 0 else None]
+    measured = [detection.measure(found, images) if rank == 0 else None]
     dist.broadcast_object_list(measured, group=checkpoint.control)
     return found, *measured[0]
 
@@ -213,7 +127,7 @@ def load(images, view, keys, workers, device):
 def train(args, device):
     """Train the detector that the flags name, from where its run stands, test it, draw what it finds, and write the
     result. Returns the exit status."""
-    columns = COLUMNS[args.dataset]
+    columns = detection.COLUMNS[args.dataset]
     with checkpoint.all_or_none():
         images, test_images = data.load_detection(args.dataset, args.data, args.train, args.images)
         identity = {name: getattr(args, name) for name in IDENTITY} | {"weights": args.weights_hash}
@@ -261,7 +175,7 @@ def train_net(args, run, net, images, tested, about, test, device):
     """The training itself, on `images`. tested: how many images test(), as `evaluate` with all but the net's flags,
     goes through. Returns the result and what the last test found, or None where a run was killed after it."""
     # 300 regions of an image are tested, and fewer trained on: it costs as much
-    columns = COLUMNS[args.dataset]
+    columns = detection.COLUMNS[args.dataset]
     rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * tested)
     own = range(args.batch_size)[own_micro_batches(args)]
     training = Training(
@@ -326,7 +240,7 @@ def write_test(name, found, aps, maps, images, args, iteration, folder, write):
         Image.fromarray(drawn.numpy()).save(buffer, "PNG")
         write(folder / f"{name}-{i}.png", buffer.getvalue())
     if isinstance(images, data.COCOImages):
-        write(folder / f"detections-{name}.json", json.dumps(coco_detections(found, images)).encode())
+        write(folder / f"detections-{name}.json", json.dumps(detection.coco_detections(found, images)).encode())
     write(folder / f"{name}.json", checkpoint.as_json(content))  # last: it says that the test is done
 
 
@@ -387,7 +301,7 @@ def evaluate_run(args, device):
             raise ValueError(f"{folder} is of {', '.join(flags.classes)} and the images of {', '.join(images.classes)}")
         net, precision = detection.of_run(flags, state), Precision(flags.precision, device)
     net.to(device, memory_format=torch.channels_last)
-    columns = COLUMNS[flags.dataset]
+    columns = detection.COLUMNS[flags.dataset]
 
     def write(path, content):
         with checkpoint.all_or_none():

@@ -869,7 +869,7 @@ def test_average_precision_is_the_devkits(least, hard):
             made = {"boxes": near, "scores": scores, "labels": labels[again]}
             found.append({key: torch.from_numpy(value) for key, value in made.items()})
         for label in (1, 2, 3):
-            for rule, ours in detection_train.average_precision(found, truth, label, least).items():
+            for rule, ours in detection.average_precision(found, truth, label, least).items():
                 worst = max(worst, abs(ours / 100 - devkit(found, truth, label, rule == "11point", least)))
                 values.append(ours)
     assert worst <= 1e-12 and min(values) > 0 and len(set(values)) > len(values) / 2
@@ -890,7 +890,7 @@ A, B, ELSEWHERE = [0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]
 @pytest.mark.parametrize("rule", ("11point", "area"))
 def test_what_counts_as_right(rule):
     def ap(*words):
-        return detection_train.average_precision(*one_image(*words), 1)[rule] / 100
+        return detection.average_precision(*one_image(*words), 1)[rule] / 100
 
     assert ap([A, B], [False, False], (A, 0.9), (B, 0.8)) == 1
     half = 6 / 11 if rule == "11point" else 1 / 2
@@ -903,17 +903,17 @@ def test_what_counts_as_right(rule):
         second = 5 / 11 * 2 / 3 if rule == "11point" else 1 / 2 * 2 / 3
         assert ap([A, B], [False, False], (A, 0.9), (wrong, 0.8), (B, 0.7)) == pytest.approx(half + second)
     assert ap([A], [False]) == 0
-    assert detection_train.average_precision(*one_image([A], [True], (A, 0.9)), 1) is None  # no object that counts
+    assert detection.average_precision(*one_image([A], [True], (A, 0.9)), 1) is None  # no object that counts
 
 
 def test_the_two_conventions_differ():
     """11-point and area are two numbers of the same detections, and other classes' detections change neither."""
     found, truth = one_image([A, B], [False, False], (A, 0.9), (ELSEWHERE, 0.8), (B, 0.7))
-    ap = detection_train.average_precision(found, truth, 1)
+    ap = detection.average_precision(found, truth, 1)
     assert ap == pytest.approx({"11point": 100 * (6 + 5 * 2 / 3) / 11, "area": 100 * (1 / 2 + 1 / 3)})
     found[0]["labels"][1] = 2
-    assert detection_train.average_precision(found, truth, 1)["area"] == 100
-    assert detection_train.average_precision(found, truth, 2) is None  # a class without objects
+    assert detection.average_precision(found, truth, 1)["area"] == 100
+    assert detection.average_precision(found, truth, 2) is None  # a class without objects
 
 
 def by_hand(path, detections):
@@ -944,10 +944,10 @@ def test_cocos_map_is_pycocotools(tmp_path):
         boxes = torch.tensor(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), dtype=torch.float32)
         labels = torch.tensor([1 + images.categories.index(category) for _, category in own])
         found.append({"boxes": boxes, "labels": labels, "scores": torch.tensor(rng.random(len(own)))})
-    detections = detection_train.coco_detections(found, images)
+    detections = detection.coco_detections(found, images)
     assert {one["category_id"] for one in detections} == {1, 13, 90} and detections[0]["image_id"] == 9
     (tmp_path / "found.json").write_text(json.dumps(detections))
-    aps, maps = detection_train.coco_map(found, images)
+    aps, maps = detection.coco_map(found, images)
     strict, loose = by_hand(path, tmp_path / "found.json")
     assert maps == {"map_50": pytest.approx(loose, abs=1e-12), "map_50_95": pytest.approx(strict, abs=1e-12)}
     assert 20 < strict < loose < 99 and [*aps] == ["person", "stop sign"]  # none is a toothbrush
@@ -955,9 +955,9 @@ def test_cocos_map_is_pycocotools(tmp_path):
     for a in content["annotations"]:
         a["id"] -= 1  # some sets count from 0, which pycocotools takes for none
     path.write_text(json.dumps(content))
-    assert detection_train.coco_map(found, data.COCOImages(tmp_path, "val", False, 0))[1] == maps
+    assert detection.coco_map(found, data.COCOImages(tmp_path, "val", False, 0))[1] == maps
     nothing = [{name: t[:0] for name, t in one.items()} for one in found]
-    assert detection_train.coco_map(nothing, images)[1] == {"map_50": 0, "map_50_95": 0}
+    assert detection.coco_map(nothing, images)[1] == {"map_50": 0, "map_50_95": 0}
 
 
 # Pictures
@@ -1174,7 +1174,7 @@ def test_training_goes_on_after_an_evaluation(world_of_one):
     ]
     for (_, y1, _, y2), one in ((one["boxes"].T, one) for one in truth):
         one["boxes"][:, 3] = y1 + 0.77 * (y2 - y1)
-    strict = detection_train.voc_map(truth, images)[1]  # IoU 0.77: right up to 0.75, the sixth of ten
+    strict = detection.voc_map(truth, images)[1]  # IoU 0.77: right up to 0.75, the sixth of ten
     assert strict["map_area"] == 100 and strict["map_area_50_95"] == pytest.approx(60)
     net.eval()
     for i, one in enumerate(found):

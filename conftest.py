@@ -1,7 +1,7 @@
 """What several test files share: a script run in this process, and scripts run in forked ones."""
 
 import gc
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import runpy
@@ -34,6 +34,8 @@ def one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     handlers = [signal.getsignal(number) for number in checkpoint.SIGNALS]
+    gc.collect()
+    gc.freeze()  # or every collection of `start` would go through all that is imported, for a tenth of a second
     yield
     checkpoint.end_processes()
     checkpoint.stop.__init__()
@@ -84,7 +86,9 @@ def pictures(n, seed=0):
     return images.contiguous(memory_format=torch.channels_last), torch.from_numpy(rng.integers(0, 10, n))
 
 
-# A process that has imported everything and computed nothing forks the others: an import of torch takes seconds.
+# A process that has imported everything and computed nothing forks the others: an import of torch takes seconds, and so
+# do those of what the first optimizer and the first picture need.
+PRELOAD = ["conftest", "torch._dynamo", "torchvision.io"]
 
 
 def be(words, printed, variables):
@@ -102,7 +106,11 @@ def be(words, printed, variables):
 def fork(*words, target=be, printed=None, **variables):
     """Start `python words` in a process of its own, with these environment variables. Returns that process."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["conftest"])
+    server.set_forkserver_preload(PRELOAD)
+    place = os.getcwd()
+    os.chdir(HERE)  # where that process, if it is the first, finds this file
+    multiprocessing.forkserver.ensure_running()
+    os.chdir(place)
     process = server.Process(target=target, args=(list(map(str, words)), printed, variables))
     process.start()
     return process
@@ -115,10 +123,10 @@ def torchrun_variables(world):
         return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
 
 
-def start_workers(world, *words):
+def start_workers(world, *words, target=be):
     """Run `python words` as so many processes. Returns their exit statuses."""
     variables = torchrun_variables(world)
-    workers = [fork(*words, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+    workers = [fork(*words, target=target, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
     for worker in workers:
         worker.join(timeout=120)
     return [worker.exitcode for worker in workers]

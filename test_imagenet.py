@@ -2,6 +2,7 @@
 equality over processes, interrupted runs, bad input. No test looks at a clock."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from PIL import Image
 
 import checkpoint
 import cifar_train
+import conftest
 import data
 import imagenet_train
 import models
@@ -30,6 +32,21 @@ SCRIPT = imagenet_train  # what `flags` and `start` run
 
 TINY = "--dataset synthetic --images 20 --depth 18 --crop 32 --batch-size 8 --micro-batch 4 --epochs 2 --workers 0 "
 TINY = [*TINY.split(), "--device", "cpu"]  # 5 iterations, a row after each; after 1, 3 and 5 also an evaluation
+
+
+NARROW = functools.partial(models.imagenet_resnet, width=8)  # a 60th of the weights, to compute with and to write
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Nets an eighth as wide, for tests of all but the nets."""
+    monkeypatch.setattr(imagenet_train, "imagenet_resnet", NARROW)
+
+
+def be_narrow(*words):
+    """What a forked process does, with such nets."""
+    models.imagenet_resnet = NARROW
+    conftest.be(*words)
 
 
 def photograph(width=500, height=375, seed=0):
@@ -100,7 +117,7 @@ def test_learning_rate(flags):
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders(tmp_path, narrow):
     """A data folder: 7 classes with 3 images each to train on and 3 to validate, of several sizes and one grey."""
     for part in ("train", "val"):
         for c in range(7):
@@ -142,7 +159,7 @@ def trained(start, folders, crop):
         status, printed = start(*words)
         assert status == 0, printed
         state = checkpoint.load(f"run{seed}")
-        net = models.imagenet_resnet(18, units.Basic, 7)
+        net = NARROW(18, units.Basic, 7)
         net.load_state_dict(state["model"])
         images = data.ImageFiles(folders / "val")
         views = [data.scale(images.open(i), crop, np.random.default_rng(0)) for i in range(len(images))]
@@ -162,7 +179,7 @@ def test_evaluation_equals_a_naive_one(start, folders):
     runs = trained(start, folders, 48)
     nets = []
     for run in runs:
-        net = models.imagenet_resnet(18, units.Basic, 7)
+        net = NARROW(18, units.Basic, 7)
         net.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
         nets.append(net.double().float())
 
@@ -211,7 +228,7 @@ def test_counts_do_not_depend_on_processes(start, folders):
     words += ["--test", ",".join(data.PROTOCOLS)]
     found = {}
     for world, size in ((1, 32), (2, 7), (3, 1)):
-        assert start_workers(world, *words, "--batch-size", size) == [0] * world
+        assert start_workers(world, *words, "--batch-size", size, target=be_narrow) == [0] * world
         found[world, size] = [json.loads((run / f"{name}.json").read_text()) for name in data.PROTOCOLS]
     assert all(numbers == found[1, 32] for numbers in found.values())
 
@@ -275,7 +292,7 @@ def twenty_steps(path):
     words += " --lr 0.05 --augment scale-aspect --device cpu --out"
     sys.argv = ["imagenet_train.py", *words.split(), str(path.with_name(f"{dist.get_world_size()} processes"))]
     torch.manual_seed(0)
-    net = models.imagenet_resnet(18, units.BasicPreAct, 10).double()
+    net = NARROW(18, units.BasicPreAct, 10).double()
     net.register_forward_pre_hook(lambda net, inputs: inputs[0].double())
     errors, evaluate, make = [], imagenet_train.evaluate, imagenet_train.imagenet_resnet
     imagenet_train.evaluate = lambda *words: errors.append(evaluate(*words)) or errors[-1]
@@ -348,7 +365,7 @@ def test_a_run_and_its_folder(start, monkeypatch):
 
 
 @pytest.mark.parametrize("at", (1, 4, 5, 7, 8))
-def test_stopped_anywhere_it_continues_to_the_same_bits(start, monkeypatch, at):
+def test_stopped_anywhere_it_continues_to_the_same_bits(start, monkeypatch, narrow, at):
     """Within an epoch, in an evaluation, at the end; with another number of workers."""
     words = [*TINY, "--unit", "basic-dropout-shortcut", "--checkpoint-seconds", 1000, "--test", "1-crop"]
     assert start(*words, "--out", "whole")[0] == 0
@@ -396,7 +413,7 @@ def test_a_corrupt_image_is_named_and_the_run_continues_once_it_is_mended(start,
     assert status == 2 and str(broken) in printed and "Traceback" not in printed
 
 
-def test_a_run_continues_on_another_number_of_processes(start, monkeypatch, tmp_path):
+def test_a_run_continues_on_another_number_of_processes(start, monkeypatch, tmp_path, narrow):
     """From where it was: of its five iterations one process has made the first."""
     check, calls, words = checkpoint.Stop.check, [], [*TINY, "--workers", 1, "--out", tmp_path / "run"]
 
@@ -409,7 +426,7 @@ def test_a_run_continues_on_another_number_of_processes(start, monkeypatch, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Stop, "check", stop)
         assert start(*words)[0] == 143 and checkpoint.load("run")["iteration"] == 1
-    assert start_workers(2, "imagenet_train.py", *words) == [0, 0]
+    assert start_workers(2, "imagenet_train.py", *words, target=be_narrow) == [0, 0]
     assert checkpoint.load("run")["iteration"] == 5
     assert [row["iteration"] for row in csv.DictReader(open("run/log.csv"))] == [*"12345"]
 
@@ -471,11 +488,11 @@ def test_two_processes_end_together_at_a_corrupt_image(folders, tmp_path):
     broken.write_bytes(b"")
     words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 3]
     words += ["--device", "cpu", "--workers", 1, "--out", tmp_path / "run"]
-    assert start_workers(2, "imagenet_train.py", *words) == [2, 2]
+    assert start_workers(2, "imagenet_train.py", *words, target=be_narrow) == [2, 2]
     assert checkpoint.load(tmp_path / "run")["iteration"] == 1
 
 
-def test_diverged_run_is_a_result(start):
+def test_diverged_run_is_a_result(start, narrow):
     status, printed = start(*TINY, "--lr", "1e30", "--out", "run", "--test", "10-crop")
     assert status == 0 and "diverged" in printed
     result = json.loads(pathlib.Path("run/result.json").read_text())

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -22,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmark
 import checkpoint
 import cifar_train
+import conftest
 import data
 import models
 import training
 import units
-from conftest import HERE
+from conftest import HERE, fork
 
 TINY = "--dataset synthetic --images 40 --depth 8 --batch-size 8 --device cpu --warmup 0".split()
 
@@ -146,12 +146,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept(tmp_path):
     """A tensor of 64 MB, freed and made again, is page faults by the thousand, unless the heap keeps it."""
-    faults = [
-        int(subprocess.run([sys.executable, "-c", FREED.format(keep=keep)], capture_output=True, cwd=HERE).stdout)
-        for keep in (True, False)
-    ]
+    script, faults = tmp_path / "freed.py", []
+    for keep in (True, False):
+        script.write_text(FREED.format(keep=keep))
+        fork(script, printed=tmp_path / f"{keep}").join(timeout=60)
+        faults.append(int((tmp_path / f"{keep}").read_text()))
     assert faults[0] < 100 and faults[1] > 4000
 
 
@@ -241,6 +242,9 @@ def measure(start, monkeypatch):
 
     context = types.SimpleNamespace(Process=thread)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    ones, load_cifar = torch.ones, data.load_cifar  # no clock runs, so little will do
+    monkeypatch.setattr(torch, "ones", lambda *shape, **more: ones(*(min(n, 1000) for n in shape), **more))
+    monkeypatch.setattr(data, "load_cifar", lambda dataset, root, count: load_cifar(dataset, root, 50))
 
     def run(*words, other=3.0):
         turns = itertools.count()
@@ -315,17 +319,29 @@ def test_any_peer(measure, tmp_path):
         assert status == 2 and f"--peer {name}" in printed and "Traceback" not in printed, name
 
 
+def be_apart(words, printed, variables):
+    """What a forked process does, with its output and its errors in two files."""
+    sys.stdout, sys.stderr = open(f"{printed}.out", "w"), open(f"{printed}.err", "w")
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
+    conftest.be(words, None, variables)
+
+
 def test_a_peer_is_measured_in_a_process_of_its_own(tmp_path):
     """Really started, timed and ended, also when it ends itself; what it prints is no figure."""
     peer = tmp_path / "peer.py"
     peer.write_text(PEER)
+    started = {}
+    for name in ("small", "killed"):
+        words = "benchmark.py", *STEP, "--peer", f"{peer}:{name}"
+        started[name] = fork(*words, target=be_apart, printed=tmp_path / name)
     for name, status in (("small", 0), ("killed", 2)):
-        words = [sys.executable, "benchmark.py", *STEP, "--peer", f"{peer}:{name}"]
-        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-        assert "imported" in done.stderr and ("has ended" in done.stderr) == (status == 2)
-        figures = json.loads(done.stdout)["figures"] if status == 0 else {}
-        assert all(figure["seconds"] > 0 for figure in figures.values()) and bool(done.stdout) == (status == 0)
+        started[name].join(timeout=120)
+        printed, errors = ((tmp_path / f"{name}.{stream}").read_text() for stream in ("out", "err"))
+        assert started[name].exitcode == status and "Traceback" not in errors, errors
+        assert "imported" in errors and ("has ended" in errors) == (status == 2)
+        figures = json.loads(printed)["figures"] if status == 0 else {}
+        assert all(figure["seconds"] > 0 for figure in figures.values()) and bool(printed) == (status == 0)
 
 
 def test_a_damaged_photograph_is_named(measure, tmp_path):

@@ -46,18 +46,29 @@ RUNS = {
         "--device cpu --checkpoint-seconds 0 --timeout 60"
     ),
 }
+SHORT = "--images 15 --iterations 64".split()  # a quarter of the first: evaluated after 32 iterations and the end
 TINY = "--dataset synthetic --images 20 --depth 8 --batch-size 2 --iterations 12 --device cpu --checkpoint-seconds 0"
 TABLE = []
 
 
 def marked(words, printed, variables):
-    """What `python words` does in a forked process, with the phase that it is in at the moment in a file."""
-    phases, marks = os.open(f"{printed}.phase", os.O_RDWR | os.O_CREAT | os.O_TRUNC), iter(range(10**6))
+    """What `python words` does in a forked process, with the phase that it is in at the moment in a file. With the
+    variable HELD, such as "writing 5", it stays in that phase, once there have been so many, until a signal comes: if
+    writing, with the new file written and not yet in its place."""
+    phases = os.open(f"{printed}.phase", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    held, after = variables.pop("HELD", "never 0").split()
+    count, now = -1, None
 
     def mark(phase):
-        os.pwrite(phases, f"{next(marks):06} {phase}\n".ljust(30).encode(), 0)
+        nonlocal count, now
+        count, now = count + 1, phase
+        os.pwrite(phases, f"{count:06} {phase}\n".ljust(30).encode(), 0)
 
-    save, evaluate = checkpoint.Run.save, torch.nn.Module.eval
+    def hold():
+        while now == held and count >= int(after) and not checkpoint.stop.asked:
+            time.sleep(0.001)
+
+    save, evaluate, sync = checkpoint.Run.save, torch.nn.Module.eval, checkpoint.sync
 
     def marked_save(self, state):
         mark("writing")
@@ -67,9 +78,14 @@ def marked(words, printed, variables):
 
     def marked_eval(self):
         mark("evaluating")
+        hold()
         return evaluate(self)
 
-    checkpoint.Run.save, torch.nn.Module.eval = marked_save, marked_eval
+    def held_sync(descriptor):
+        sync(descriptor)
+        hold()
+
+    checkpoint.Run.save, torch.nn.Module.eval, checkpoint.sync = marked_save, marked_eval, held_sync
     mark("starting")
     conftest.be(words, printed, variables)
 
@@ -135,6 +151,13 @@ def undisturbed_folder(fork, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def short_folder(fork, tmp_path_factory):
+    out = tmp_path_factory.mktemp("short") / "run"
+    complete(fork, out, more=SHORT)
+    return out
+
+
+@pytest.fixture(scope="module")
 def undisturbed(undisturbed_folder):
     return content(undisturbed_folder)
 
@@ -161,10 +184,10 @@ def report():
     return add
 
 
-def disturb(fork, out, number, want, after, wait):
+def disturb(fork, out, number, want, after, wait, **options):
     """Start a run and send it a signal: when its phase is the wanted one ("any", "writing", "evaluating") after so many
     changes of phase, and some seconds later. Returns the phase that it hit and the exit status, -9 for a kill."""
-    process = fork(out)
+    process = fork(out, **options)
     while process.is_alive() and not (phase(out)[0] >= after and want in ("any", phase(out)[1])):
         time.sleep(0.0005)
     time.sleep(wait)
@@ -197,42 +220,45 @@ def tally(words):
 
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
-def test_stopped_and_continued(fork, undisturbed, number, tmp_path):
-    """Two times: in the first evaluation, and in training after it."""
+def test_stopped_and_continued(fork, short_folder, number, tmp_path):
+    """Two times: in the first evaluation, and in a save after it."""
     out = tmp_path / "run"
-    for moment in (("evaluating", 0, 0), ("writing", 5, 0)):
-        _, status = disturb(fork, out, number, *moment)
+    for want, after in (("evaluating", 0), ("writing", 5)):
+        _, status = disturb(fork, out, number, want, after, 0, more=SHORT, HELD=f"{want} {after}")
         assert status == (-9 if number == signal.SIGKILL else 128 + number), printed(out)
         assert not (out / "result.json").exists()  # the run was not over, or this test would show nothing
-        assert 0 < checkpoint.load(out)["iteration"] < 256
-    assert equal(complete(fork, out), undisturbed)
+        assert 0 < checkpoint.load(out)["iteration"] < 64
+    assert equal(complete(fork, out, more=SHORT), content(short_folder))
     assert not list(out.glob("*.tmp"))
     assert printed(out).count("the same command continues it") == (0 if number == signal.SIGKILL else 2)
 
 
-def test_every_iteration_is_saved(undisturbed_folder):
-    """With --checkpoint-seconds 0, evaluations or not: 256 and the end, two phases each, and 2 evaluations."""
-    assert phase(undisturbed_folder)[0] == 2 * 257 + 2
+def test_every_iteration_is_saved(short_folder):
+    """With --checkpoint-seconds 0, evaluations or not: 64 and the end, two phases each, and 2 evaluations."""
+    assert phase(short_folder)[0] == 2 * 65 + 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
     """By a process whose peer does not come, at once; and, the second time, by one whose peer halts."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for number in checkpoint.SIGNALS:
-        process, caught = fork(tmp_path / "alone", micro=1, **alone), 0
+    processes = {number: fork(tmp_path / "alone", micro=1, **alone) for number in checkpoint.SIGNALS}
+    for process in processes.values():
+        caught = 0
         while not caught >> signal.SIGUSR1 - 1 & 1:  # it listens
+            time.sleep(0.001)
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
             caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-        time.sleep(1)  # by now it waits
+    time.sleep(0.5)  # by now they wait
+    for number, process in processes.items():
         os.kill(process.pid, number)
         process.join(timeout=10)
         assert process.exitcode == 128 + number
     workers, out = two_processes(fork, tmp_path / "run"), tmp_path / "run"
     await_checkpoints(out, 5, workers[0].is_alive)
     os.kill(workers[1].pid, signal.SIGSTOP)
-    for _ in range(2):
-        time.sleep(1.5)
+    for seconds in (0.5, 1.5):  # after the first signal more than the second in which a second one is the same Ctrl-C
+        time.sleep(seconds)
         assert workers[0].is_alive()
         os.kill(workers[0].pid, signal.SIGTERM)
     workers[0].join(timeout=10)

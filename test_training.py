@@ -21,15 +21,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 
 import checkpoint
 import cifar_train
+import conftest
 import data
 import imagenet_train
 import models
 import training
 import units
-from conftest import HERE, pictures, start_workers
+from conftest import HERE, fork, pictures, start_workers
 
 SCRIPT = cifar_train  # what `flags` and `start` run
 
@@ -224,8 +226,9 @@ def test_initialisation_by_fan_in(flags):
     assert abs(nets[0].stages[0][1].conv1.weight.std() / nets[1].stages[0][1].conv1.weight.std() - 2) < 0.3  # 64 to 16
 
 
-def test_the_net_of_a_depth(flags):
+def test_the_net_of_a_depth(flags, monkeypatch):
     """20, 56, 110 and 164 are 6n + 2 and 9n + 2 alike: the papers' names decide, never divisibility."""
+    monkeypatch.setattr(cifar_train, "cifar_resnet", lambda *words, **more: None)  # test_units.py builds them
     for depth, name in ((20, "basic"), (110, "basic"), (1202, "basic"), (164, "bottleneck"), (1001, "bottleneck")):
         assert flags("--depth", depth).unit == name
         args = flags("--depth", depth, "--preact")
@@ -423,9 +426,9 @@ def test_reduced_precision(start, precision):
 def test_two_processes_write_one_run(launched, tmp_path):
     words = [*TINY, "--out", tmp_path / "run"]
     if launched:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*torchrun, "cifar_train.py", *map(str, words)], cwd=HERE, timeout=120)
-        statuses = [done.returncode]
+        torchrun = fork(torch.distributed.run.__file__, "--standalone", "--nproc_per_node=2", SCRIPT.__file__, *words)
+        torchrun.join(timeout=120)
+        statuses = [torchrun.exitcode]
     else:
         statuses = start_workers(2, "cifar_train.py", *words)
     assert set(statuses) == {0}
@@ -684,11 +687,20 @@ def test_a_problem_of_one_process_ends_both(tmp_path):
     assert start_workers(2, "cifar_train.py", *TINY, "--out", tmp_path / "file" / "run") == [2, 2]
 
 
+def be_unread(*words):
+    """What a forked process does whose output is a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    sys.stdout = open(1, "w")
+    conftest.be(*words)
+
+
 def test_nobody_reads_the_output(tmp_path):
-    command = [sys.executable, "cifar_train.py", *TINY, "--iterations", "260", "--out", tmp_path / "run"]
-    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=subprocess.PIPE)
-    process.stdout.close()
-    assert process.wait(timeout=120) == 0 and (tmp_path / "run" / "result.json").exists()
+    words = "cifar_train.py", *TINY, "--iterations", "32", "--out", tmp_path / "run"  # as many rows as a run has
+    process = fork(*words, target=be_unread)
+    process.join(timeout=120)
+    assert process.exitcode == 0 and (tmp_path / "run" / "result.json").exists()
 
 
 def test_help_is_grouped_and_shows_defaults(start):
@@ -719,13 +731,26 @@ def test_readme_snippet_runs(capsys):
     assert capsys.readouterr().out.strip() == re.search(r"# (torch\.Size.*)", snippet)[1]
 
 
-def test_imports_do_nothing():
+IMPORTS = """
+import importlib, sys
+import torch.distributed
+sys.dont_write_bytecode = True
+for name in {names}:
+    sys.modules.pop(name, None)  # the forking process has imported some
+for name in {names}:
+    importlib.import_module(name)
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_imports_do_nothing(tmp_path):
     """No output, no file, no process group, no run: everything is behind main()."""
     names = [path.stem for path in HERE.glob("*.py") if not path.stem.startswith("test_")]
-    code = f"import {', '.join(names)}; import torch.distributed as d; assert not d.is_initialized()"
+    (tmp_path / "imports.py").write_text(IMPORTS.format(names=names))
     before = sorted(HERE.iterdir())
-    done = subprocess.run([sys.executable, "-Bc", code], cwd=HERE, capture_output=True, stdin=subprocess.DEVNULL)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"") and sorted(HERE.iterdir()) == before
+    process = fork(tmp_path / "imports.py", printed=tmp_path / "printed")
+    process.join(timeout=60)
+    assert process.exitcode == 0 and (tmp_path / "printed").read_text() == "" and sorted(HERE.iterdir()) == before
 
 
 def test_threads_that_spin_less():

@@ -469,7 +469,7 @@ def environment(config):
         return done.stdout.strip() if done.returncode == 0 else None
 
     cuda = torch.cuda.is_available() and config.get("device") != "cpu"
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # pages and results may change
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

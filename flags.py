@@ -46,7 +46,7 @@ def add_run_flags(parser, checkpoint_seconds):
         type=float,
         default=checkpoint_seconds,
         metavar="S",
-        help=f"what a kill may cost; 0: one iteration (default {checkpoint_seconds})",
+        help=f"save every S seconds, so that a kill costs no more; 0: every iteration (default {checkpoint_seconds})",
     )
     add("--timeout", type=int, default=600, metavar="S", help="how long processes wait for each other (default 600)")
 

@@ -428,7 +428,12 @@ def parse_flags():
     add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
     add("--epochs", type=int, default=90, metavar="N", help="the drops scale along (default 90)")
-    add("--batch-size", type=int, metavar="N", help="images a step (default 256); to evaluate at once (32; GPU 128)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images a step (default 256); with --evaluate, images at once (default 32, on a GPU 128)",
+    )
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default an 8th of the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
     add("--seed", type=int, default=1, help="of weights, order and augmentation (default 1)")
@@ -442,7 +447,7 @@ def parse_flags():
         metavar="FROM",
         help="evaluate a run as its flags say, or a file of weights; of several the average, in --out",
     )
-    add("--recompute-bn", type=int, default=0, metavar="N", help="before, BN's statistics over N training images")
+    add("--recompute-bn", type=int, default=0, metavar="N", help="take BN's statistics from N training images first")
     args = parser.parse_args()
     try:
         if args.evaluate:

@@ -65,7 +65,7 @@ def cifar_resnet(depth, unit, num_classes=10, **unit_args):
     if rest or count < 1:
         near = " and ".join(str(n * step + 2) for n in (count, count + 1) if n > 0) or step + 2
         raise ValueError(
-            f"depth {depth} is impossible with {unit.weights} weight layers a unit: it is {step}n + 2, near it {near}"
+            f"depth {depth} is impossible: with units of {unit.weights} weight layers it is {step}n + 2, such as {near}"
         )
     if depth > 10_000:
         raise ValueError(f"depth {depth} is more than this code builds: 10,000 layers")
@@ -82,8 +82,8 @@ def imagenet_resnet(depth, unit, num_classes=1000, width=64, caffe_pool=False, *
     counts = UNITS_PER_STAGE.get(depth, ())
     if 2 + unit.weights * sum(counts) != depth:
         fit = {w: [str(d) for d, n in UNITS_PER_STAGE.items() if 2 + w * sum(n) == d] for w in (2, 3)}
-        fit = "; ".join(f"{', '.join(depths)} with {w}" for w, depths in fit.items())
-        raise ValueError(f"depth {depth} is impossible with {unit.weights} weight layers a unit: possible are {fit}")
+        fit = " or ".join(f"{', '.join(depths)} with units of {w} weight layers" for w, depths in fit.items())
+        raise ValueError(f"depth {depth} is impossible: choose {fit}")
     if "option" in arguments(unit):
         unit_args = {"option": "B"} | unit_args
     pool = nn.MaxPool2d(3, stride=2, ceil_mode=True) if caffe_pool else nn.MaxPool2d(3, stride=2, padding=1)

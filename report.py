@@ -3,17 +3,21 @@
     python report.py                        # results/README.md, its figures, and the results in README.md
     python report.py RUN [RUN ...]          # the curve of any run, finished or not: curve.png in its folder
 
-A table shows finished runs only: those in results/<a name of run_all.sh>/seed<n>. Nothing is measured here.
+A table shows the finished runs that count, by the rules of docs/imagenet.md ("Which runs count"), as `objection` has
+them. Nothing is measured here.
 """
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
 import pathlib
 import re
+import shlex
 import statistics
+import subprocess
 import sys
 
 import matplotlib
@@ -63,22 +67,30 @@ METRICS |= COCO
 EVALUATED = {"top1": "top-1", "top5": "top-5"} | COCO  # no top-5 where there are fewer than 6 classes
 PRECISIONS = ["float32", "tf32", "bf16", "fp16"]  # when a row has runs of several, its cells show the first
 
+# What a run may have besides its row's command
+MACHINE = "--data --workers --device --precision --timeout --checkpoint-seconds --compile".split()
+# The whole data sets: "images" as config.json has them (0 stands for all), and in each evaluation
+IMAGES = {"imagenet": (1_281_167, 50_000), "voc": (0, 4_952), "coco": (0, 40_504)}
+
 
 def read_run(folder):
-    """A run's result, its "log", its "responses", and its "values": errors and mAP in % by the metrics of
-    paper/tables.csv, and "training loss"; all infinite if the run diverged. Raises ValueError saying what is wrong
-    with the folder."""
+    """A run's result, its "config" and "log", its "responses", its "values": errors and mAP in % by the metrics of
+    paper/tables.csv, and "training loss"; all infinite if the run diverged; its "evaluated": how many images by test;
+    and what `objection` says of it. Raises ValueError saying what is wrong with the folder."""
     try:
         run = json.loads((folder / "result.json").read_text("utf-8"))
         average = "runs" in run  # of several nets: it has no log, and evaluations are its only values
         values = {metric: run[name] for name, metric in METRICS.items() if name in run}
         if run["precision"] not in PRECISIONS or "dataset" not in run or (len(values) < 2 and not average):
             raise ValueError("result.json lacks a known precision, the data set, an error or the training loss")
+        run["config"] = {} if average else json.loads((folder / "config.json").read_text("utf-8"))
         others = {folder / "result.json", folder / "config.json", *folder.glob("detections-*.json")}
+        run["evaluated"] = {}
         for path in sorted({*folder.glob("*.json")} - others):
             evaluation = json.loads(path.read_text("utf-8"))
             if average or (evaluation["iterations"] == [run["iterations"]] and not evaluation.get("recompute_bn")):
                 values |= {f"{path.stem} {EVALUATED[key]}": evaluation[key] for key in EVALUATED if key in evaluation}
+                run["evaluated"][path.stem] = evaluation["images"]
         numbers = [run["seconds"], run["peak_memory"], *(() if run["diverged"] else values.values())]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"a number is not finite: {numbers}")
@@ -87,11 +99,68 @@ def read_run(folder):
         run["log"] = [] if optional and not (folder / "log.csv").exists() else read_log(folder)
         path = folder / "responses.csv"
         run["responses"] = [float(row["std"]) for row in read_csv(path)] if path.exists() else []
-        return run | {"folder": folder}
+        run["folder"] = folder
+        return run | {"objection": objection(run)}
     except FileNotFoundError as error:
-        raise ValueError(f"not finished: there is no {pathlib.Path(error.filename).name}") from None
+        raise ValueError(f"cannot be read: there is no {pathlib.Path(error.filename).name}") from None
     except Exception as error:  # a damaged file may raise anything; it must not cost the page
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
+
+
+@functools.cache
+def commands():
+    """{a row's name: the words of its first seed's command}, as LIST=1 prints them."""
+    variables = {"PATH": os.environ["PATH"], "LIST": "1", "SEEDS": "1"}
+    script = ["bash", HERE / "run_all.sh"]
+    listed = subprocess.run(script, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout
+    lines = [shlex.split(line, comments=True) for line in listed.splitlines()]
+    return {line[0].removesuffix("/seed1"): line[3:] for line in lines if line}
+
+
+def flags_of(words):
+    """{flag: its values} of a command, without those of MACHINE; what stands before the first flag is the script's."""
+    flag = "script"
+    flags = {flag: []}
+    for word in words:
+        if word.startswith("--"):
+            flag, *word = word.split("=", 1)
+            flags.setdefault(flag, []).extend(word)
+        else:
+            flags[flag].append(word)
+    return {flag: values for flag, values in flags.items() if flag not in MACHINE}
+
+
+def objection(run):
+    """Why a run does not count for its row; None if it does."""
+    name, _, seed = run["folder"].relative_to(RESULTS).as_posix().rpartition("/seed")
+    if name not in commands() or not seed.isdecimal():
+        return "its folder is no row's"
+    flags, (images, evaluated) = flags_of(commands()[name]), IMAGES.get(name.split("/")[0], (0, None))
+    if "runs" in run:
+        if run["runs"] != flags["--evaluate"] or run["recompute_bn"]:
+            return "it is not the average that its row's command makes"
+        for net, iterations in zip(run["runs"], run["iterations"], strict=True):
+            try:
+                other = read_run(HERE / net)
+                against = other["objection"] or (other["iterations"] != iterations and "it had not finished")
+            except ValueError as error:
+                against = error
+            if against:
+                return f"one of its nets does not count ({net}: {against})"
+    else:
+        environment = run["config"].get("environment", {})
+        flags |= {"--seed": [seed], "--out": [f"results/{name}/seed{seed}"]}
+        given = flags_of(shlex.split(environment.get("command", "")))
+        differing = sorted(flag for flag in flags | given if flags.get(flag) != given.get(flag))
+        if differing:
+            return f"its command is not its row's, as LIST=1 prints it (differing: {', '.join(differing)})"
+        if environment.get("modified") is not False:
+            return "its code had been changed, or was no git clone"
+        if run["config"].get("images", 0) != images:
+            return f"it was trained on {run['config'].get('images')} images, not on the whole data set's {images}"
+    for test, number in run["evaluated"].items():
+        if number != evaluated:
+            return f"{test}.json is of {number} images, not of the whole data set's {evaluated}"
 
 
 def read_log(folder):
@@ -110,23 +179,26 @@ def read_csv(path):
 
 
 def read_runs(root):
-    """({row's name: its runs}, other runs, problems). All runs of a row have one precision: float32 if any run has."""
-    rows, others, problems = {cell["run"]: [] for cell in cells() if cell["run"]}, [], []
+    """({row's name: its runs}, other runs, names of folders without a result, problems). All runs of a row have one
+    precision, the first of PRECISIONS that any run has; the others' "objection" says so."""
+    rows, others, unfinished, problems = {cell["run"]: [] for cell in cells() if cell["run"]}, [], [], []
     folders = {path.parent for name in ("config.json", "log.csv", "result.json") for path in root.rglob(name)}
     for folder in sorted(folders):
-        name, _, seed = folder.relative_to(root).as_posix().rpartition("/")
+        name = folder.relative_to(root).as_posix()
         try:
+            if not (folder / "result.json").exists():
+                unfinished.append(name)
+                continue
             run = read_run(folder)
         except ValueError as error:
-            problems.append(f"{folder.relative_to(root)}: {error}")
+            problems.append(f"{name}: {error}")
         else:
-            counts = name in rows and re.fullmatch(r"seed\d+", seed) and run["dataset"] != "synthetic"
-            (rows[name] if counts else others).append(run)
+            (others if run["objection"] else rows[name.rpartition("/")[0]]).append(run)
     for name, runs in rows.items():
         first = min((run["precision"] for run in runs), key=PRECISIONS.index, default=None)
-        others += [run for run in runs if run["precision"] != first]
+        others += [run | {"objection": f"its row has runs in {first}"} for run in runs if run["precision"] != first]
         rows[name] = [run for run in runs if run["precision"] == first]
-    return rows, others, problems
+    return rows, others, unfinished, problems
 
 
 def cells(tag=None):
@@ -164,7 +236,8 @@ def values_of(runs, metric):
 
 
 def ours(runs, metric="test error %", fails=False):
-    """Our runs as a cell: median (mean ± std, n). With `fails`, a median above 20 % is "fail", as the papers say."""
+    """Our runs as a cell: median (mean ± std, n, and a precision that is not the papers'). With `fails`, a median above
+    20 % is "fail", as the papers say."""
     values = values_of(runs, metric)
     if not values:
         return ""
@@ -178,6 +251,8 @@ def ours(runs, metric="test error %", fails=False):
     notes.append(f"n = {len(values)}")
     if len(finite) < len(values):
         notes.append(f"{len(values) - len(finite)} diverged")
+    if runs[0]["precision"] != "float32":
+        notes.append(runs[0]["precision"])
     return f"{text} ({', '.join(notes)})"
 
 
@@ -308,8 +383,9 @@ def runs_of(tag, rows):
             far.append(f"{label} ({median:.2f} instead of a failure)")
     lines = markdown("| runs | n | precision | hours each | peak memory, GB |", lines)
     if gains:
-        gain = f"{statistics.mean(gains):.2f} % above the lowest of a run's test evaluations"
-        lines += ["", f"The last iterate, which is what the table shows, is {gain} (mean of {len(gains)} runs)."]
+        gain = f"{statistics.mean(gains):.2f} % above the lowest of a run's evaluations"
+        gain += f", on average over {len(gains)} runs" if len(gains) > 1 else ""
+        lines += ["", f"The table shows the error after the last iteration. It is {gain}."]
     if far:
         lines += ["", "More than 0.5 % from the paper: " + "; ".join(far) + "."]
     return lines
@@ -509,9 +585,10 @@ def page(rows, others, problems):
         name = run["folder"].relative_to(RESULTS).as_posix()
         settings = (str(run.get(key)) for key in ("dataset", "depth", "unit", "iterations"))
         metric = next(iter(run["values"]), "")
-        lines.append((f"[{name}]({name})", *settings, ours([run], metric) + (f", {metric}" if "mAP" in metric else "")))
+        error = ours([run], metric) + (f", {metric}" if "mAP" in metric else "")
+        lines.append((f"[{name}]({name})", *settings, error, run["objection"]))
     if others:
-        lines = markdown("| folder | dataset | depth | unit | iterations | test error, % |", lines)
+        lines = markdown("| folder | dataset | depth | unit | iterations | test error, % | reason |", lines)
         text += "\n".join(["\n## Other runs\n", *lines, ""])
     if problems:
         text += "\n".join(["\n## Not read\n", *(f"- {problem}" for problem in problems), ""])
@@ -519,8 +596,8 @@ def page(rows, others, problems):
 
 
 def write_pages():
-    """Draw every figure and write both pages. Returns the problems of the folders that are in no table."""
-    rows, others, problems = read_runs(RESULTS)
+    """Draw every figure and write both pages. Returns what there is to say of the folders that are in no table."""
+    rows, others, unfinished, problems = read_runs(RESULTS)
     RESULTS.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "resnet"  # the same picture is the same file
     curves = paper_curves()
@@ -530,11 +607,11 @@ def write_pages():
     draw_short(rows)
     draw_short_depth(rows)
     draw_short_1001(curves, rows)
-    damaged = [problem for problem in problems if "not finished" not in problem]  # the others may still be running
-    (RESULTS / "README.md").write_text(page(rows, others, damaged), "utf-8")
+    (RESULTS / "README.md").write_text(page(rows, others, problems), "utf-8")
     readme = HERE / "README.md"
     readme.write_text(with_headline(readme.read_text("utf-8"), rows), "utf-8")
-    return problems
+    said = [f"{run['folder'].relative_to(RESULTS).as_posix()}: in no table, as {run['objection']}" for run in others]
+    return problems + said + ["no result yet, so in no table: " + ", ".join(unfinished)] * bool(unfinished)
 
 
 def main():

@@ -2,15 +2,17 @@
 # Every experiment of the two papers, one row each, under the headings of the papers' tables.
 #
 #   bash run_all.sh                     run what has no result.json under results/ yet; continue what was stopped
-#   bash run_all.sh 2-table1 164        the rows of a table (by its tag) and the rows whose name contains a word
-#   bash run_all.sh cifar10/110         one row alone, by its whole name; cifar10/110/seed1 is one run of it
-#   LIST=1 bash run_all.sh              list the runs: name, the paper's number, command # tags, what it costs, done
-#   SEEDS="1 2" bash run_all.sh         these seeds for every row, instead of as many as the paper has
+#   bash run_all.sh 2-table1 164        run the rows of a table (by its tag) and the rows whose name contains a word
+#   bash run_all.sh cifar10/110         run one row, by its whole name; cifar10/110/seed1 is one run of it
+#   LIST=1 bash run_all.sh              start nothing, but list the runs: their commands, what they cost, which are done
+#   SEEDS="1 2" bash run_all.sh         run these seeds of every row, instead of as many as the paper has
 #   OUT=DIR bash run_all.sh             put the runs into a folder of your own, instead of results/
-#   SHARD=2/8 bash run_all.sh           every eighth run, from the second on: eight GPUs or machines share the work
-#   JOBS=4 bash run_all.sh              four runs side by side, spread over the GPUs that CUDA_VISIBLE_DEVICES allows
+#   SHARD=2/8 bash run_all.sh           do every eighth run, from the second on: eight GPUs or machines share the work
+#   JOBS=4 bash run_all.sh              do four runs at a time, spread over the GPUs that CUDA_VISIBLE_DEVICES allows
 #   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       start ImageNet and detection rows so, each on all GPUs
-#   SMOKE=1 bash run_all.sh             try each row once: a few steps on small synthetic images, CIFAR nets at depth 20
+#   FLAGS="--precision bf16 --data DIR" bash run_all.sh imagenet/50     add flags of the machine (docs/imagenet.md lists them)
+#   SMOKE=1 bash run_all.sh             try each row: a few steps on small synthetic images, CIFAR nets at depth 20;
+#                                       what ran is printed, and nothing is kept
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's number is the test error in %; [2] says "fail" above 20 %, and "-" stands where the paper reports none.
@@ -203,7 +205,20 @@ jobs=${JOBS:-1}
 set -f
 eval "launch=(${LAUNCH:-python})" 2>/dev/null && [ ${#launch[@]} != 0 ] ||
     fail "LAUNCH is '$LAUNCH', but should be a command"
+eval "extra=(${FLAGS:-})" 2>/dev/null || fail "FLAGS is '$FLAGS', but should be flags"
 set +f
+[[ $jobs = 1 || -z ${LAUNCH:-} ]] || fail "JOBS and LAUNCH: what LAUNCH starts takes all GPUs, so leave one of the two out"
+value= # is the next word of FLAGS a flag's value?
+for word in ${extra[@]+"${extra[@]}"}; do
+    if [[ -n $value ]]; then
+        value=
+    elif [[ $word =~ ^--(data|workers|device|precision|timeout|checkpoint-seconds)(=|$) ]]; then
+        [[ $word = *=* ]] || value=$word
+    elif [[ $word != --compile ]]; then
+        fail "FLAGS has '$word', but a row takes --data, --workers, --device, --precision, --timeout, --checkpoint-seconds and --compile alone"
+    fi
+done
+[[ -z $value ]] || fail "FLAGS ends with $value, which needs a value"
 
 is_row() { [[ $names = *$'\n'"$1"$'\n'* ]]; }
 
@@ -217,7 +232,7 @@ smoke=
 if [[ -n ${SMOKE:-} && -z ${LIST:-} ]]; then
     SEEDS=1
     export OMP_NUM_THREADS=1
-    smoke="--dataset synthetic --batch-size 8 --micro-batch 4"
+    smoke="--dataset synthetic"
 fi
 
 seeds_of() { # the seeds of a row (its tags, number of runs and name) that the words of the command line select
@@ -271,11 +286,11 @@ command_of() { # sets a run's name, its paper and tags, and `command`, the words
         command+=("$word")
     done
     if [[ $flags != *--evaluate* ]]; then
-        command+=(--seed "${name##*/seed}")
+        command+=(${extra[@]+"${extra[@]}"} --seed "${name##*/seed}") # of an average the runs' config.json decides
         [ -z "$smoke" ] || case $name in
-            voc/* | coco/*) command+=(--dataset synthetic --images 8 --iterations 2 --workers 0) ;;
-            imagenet/*) command+=($smoke --images 16 --crop 32 --epochs 1 --workers 0) ;;
-            *) command+=($smoke --images 64 --depth 20 --iterations 4) ;;
+            voc/* | coco/*) command+=($smoke --images 8 --iterations 2 --workers 0) ;;
+            imagenet/*) command+=($smoke --images 32 --batch-size 16 --micro-batch 2 --crop 32 --epochs 1 --workers 0) ;;
+            *) command+=($smoke --images 64 --batch-size 8 --micro-batch 4 --depth 20 --iterations 4) ;;
         esac
     fi
     command+=(--out "$results/$name")
@@ -290,6 +305,10 @@ quoted() { # the words as one line that a shell reads back as they are
     echo "${line# }"
 }
 
+[ ${#order[@]} != 0 ] || {
+    echo "SHARD=$shard is none of these ${#runs[@]} runs"
+    exit
+}
 if [ -n "${LIST:-}" ]; then
     # What was measured (results/costs.csv): CPU seconds an image and peak memory on one thread of an AMD EPYC, in the
     # second of two iterations of one micro-batch; for ImageNet of 4 images, without memory. Evaluations are not counted.
@@ -297,9 +316,9 @@ if [ -n "${LIST:-}" ]; then
         h = $2 * $3 / 7200
         printf "%s about %.*f h%s\n", $1, h < 1 ? 2 : h < 10, h, $4 ? sprintf(", %.1f GB", $4 / 1e9) : ""
     }' results/costs.csv)$'\n'
-    echo "# name, the paper's number, command # tags; what a run costs: hours on 2 CPU cores that two runs share (JOBS=2), and"
-    echo "# peak memory; done"
-    for r in $(printf '%s\n' ${order[@]+"${order[@]}"} | sort -n); do
+    echo "# name, the paper's number (in the first of the row's tables), command # the row's tables; what a run costs: hours on 2"
+    echo "# CPU cores that two runs share (JOBS=2), and peak memory; done. SEEDS=1 lists one run of each row"
+    for r in $(printf '%s\n' "${order[@]}" | sort -n); do
         command_of "$r"
         [ "${headings[r]}" = "$heading" ] || printf '\n%s (%s)\n' "${headings[r]}" "${tags%%,*}"
         heading=${headings[r]} row=$'\n'${name%/seed*}
@@ -315,11 +334,10 @@ trap 'rm -rf "$temporary"' EXIT
 failed=$temporary/failed
 [ -z "$smoke" ] || results=$temporary
 todo=()
-for r in ${order[@]+"${order[@]}"}; do
+for r in "${order[@]}"; do
     command_of "$r"
     [ -e "$results/$name/result.json" ] || todo+=("$r")
 done
-[ ${#order[@]} != 0 ] || echo "SHARD=$shard is none of these ${#runs[@]} runs"
 [ ${#todo[@]} = ${#order[@]} ] ||
     echo "$((${#order[@]} - ${#todo[@]})) of ${#order[@]} runs have a result; SEEDS=\"6 7 8\" or OUT=DIR makes others"
 [ ${#todo[@]} != 0 ] || exit 0
@@ -332,7 +350,7 @@ IFS=$', \n' read -rd '' -a gpus \
     <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')}"
 
 run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed if it fails
-    local name paper tags command word child status lacking= stopped= log=$failed.$2
+    local name paper tags command word shown child status lacking= stopped= log=$failed.$2
     command_of "$1"
     for word in "${command[@]:0:${#command[@]}-2}"; do
         [[ $word != "$results"/*/seed* || -e $word/result.json ]] || lacking+=" $word"
@@ -359,7 +377,7 @@ run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed 
         status=$?
     done
     [ -z "$smoke" ] || case $status in
-        0) echo "$name: ran" ;;
+        0) shown=("${command[@]//"$results/"/}") && echo "$name: ran $(quoted "${shown[@]}")" ;;
         *) log=$(<"$log") && echo "$name: ${log//"$results/"/}" ;; # without the folder, which will be gone
     esac
     case $status in

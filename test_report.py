@@ -1,9 +1,10 @@
-"""The pages and pictures of report.py for all that results/ can hold, and what is committed there."""
+"""The pages and pictures of report.py for all that results/ can hold, and what lies there, committed or not."""
 
 import json
 import math
 import pathlib
 import re
+import shlex
 import statistics
 import sys
 
@@ -12,20 +13,27 @@ import pytest
 import checkpoint
 import cifar_train
 import data
+import detection_train
+import imagenet_train
 import report
 from test_run_all import listed, parse, tags  # noqa: F401
 
 HERE = pathlib.Path(__file__).parent
 SAVE = report.save
+SCRIPTS = {script.__name__ + ".py": script for script in (cifar_train, imagenet_train, detection_train)}
+ERRORS = {"imagenet": ["val_top1", "val_top5"], "voc": ["map_11point", "map_area"], "coco": ["map_50", "map_50_95"]}
+NETS = [f"imagenet/{net}" for net in "34-B/seed1 34-C/seed1 50/seed1 101/seed1 152/seed1 152/seed2".split()]
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty results/ and a README.md of its own, with the pictures drawn but not saved. A call makes a run's folder;
-    the others are what report.py then wrote: `drawn` counts each picture's curves."""
+    """An empty results/ and a README.md of its own, with the pictures drawn but not saved. A call makes a run's folder,
+    of a run that counts where its name is a row's, `evaluated` an evaluation in it and `average` the folder of one; the
+    others are what report.py then wrote: `drawn` counts each picture's curves."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     (tmp_path / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    (tmp_path / "paper").symlink_to(HERE / "paper")
+    for name in ("paper", "run_all.sh"):
+        (tmp_path / name).symlink_to(HERE / name)
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py"])
 
@@ -37,16 +45,38 @@ def results(tmp_path, monkeypatch):
     def make(name, error, lowest=None, **more):
         folder = tmp_path / "results" / name
         folder.mkdir(parents=True)
-        log = ["iteration,epoch,lr,train_loss,train_error,test_error,seconds"]
+        row, _, seed = name.rpartition("/seed")
+        dataset, columns = name.split("/")[0], ERRORS.get(name.split("/")[0], ["test_error"])
+        log = ["iteration,epoch,lr,train_loss,train_error," + ",".join(columns) + ",seconds"]
         for iteration, shown in ((2000, 50.0), (10000, lowest or error), (64000, error)):
-            log.append(f"{iteration},1.0,0.1,0.5,20.0,{'' if shown is None else shown},1.0")
+            log.append(f"{iteration},1.0,0.1,0.5,20.0" + len(columns) * f",{'' if shown is None else shown}" + ",1.0")
         (folder / "log.csv").write_text("\n".join(log) + "\n")
-        (folder / "config.json").write_text("{}")
-        result = {"dataset": "cifar10", "depth": 110, "unit": "basic", "precision": "float32", "iterations": 64_000}
-        result |= {"test_error": error, "diverged": error is None, "train_loss": None if error is None else 0.5}
+        command = shlex.join(report.commands().get(row, [])).replace(f"{row}/seed1", name)
+        environment = {"command": command.replace("--seed 1 ", f"--seed {seed} "), "modified": False}
+        config = {"images": 1_281_167 if dataset == "imagenet" else 0, "environment": environment}
+        (folder / "config.json").write_text(json.dumps(config))
+        result = {"dataset": dataset, "depth": 110, "unit": "basic", "precision": "float32", "iterations": 64_000}
+        result |= dict.fromkeys(columns, error)
+        result |= {"diverged": error is None, "train_loss": None if error is None else 0.5}
         result |= {"seconds": 7200, "peak_memory": 2e9} | more
         (folder / "result.json").write_text(json.dumps(result))
         return folder
+
+    def evaluated(folder, test, images=50_000, iterations=64_000, **errors):
+        made = {"iterations": [iterations], "recompute_bn": 0, "images": images} | errors
+        (folder / f"{test}.json").write_text(json.dumps(made))
+        return made
+
+    def average(name, runs, test="multi-scale", images=50_000, iterations=64_000, **errors):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        result = {"dataset": "imagenet", "precision": "float32", "diverged": False, "seconds": 7200, "peak_memory": 2e9}
+        result |= {"runs": runs, "iterations": [iterations] * len(runs), "recompute_bn": 0}
+        result[test] = evaluated(folder, test, images=images, **errors)
+        (folder / "result.json").write_text(json.dumps(result))
+        return folder
+
+    make.evaluated, make.average = evaluated, average
 
     monkeypatch.setattr(report, "save", draw)
     make.drawn = {}
@@ -82,7 +112,8 @@ def test_one_run(results):
     page = results.page()
     assert "| original, Fig. 2(a) | 6.61 | 7.00 (n = 1) |" in page  # the last iterate's
     assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
-    assert "is 0.25 % above the lowest of a run's test evaluations (mean of 1 runs)" in page
+    assert "The table shows the error after the last iteration. It is 0.25 % above the lowest of a run's ev" in page
+    assert "on average" not in page
     assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
     assert "More than 0.5 %" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs
     assert results.drawn["2-fig3"] == 4 * (4 + 2) and results.drawn["2-fig1"] == 4
@@ -103,6 +134,7 @@ def test_five_seeds_and_a_diverged_one(results):
     failed = "| fail | fail (90.00, 76.25 ± 19.45, n = 3, 1 diverged) |"
     assert f"| dropout shortcut, Fig. 2(f): dropout 0.5 {failed}" in page
     assert "| 5.93 | diverged (n = 1, 1 diverged) |" in page
+    assert "It is 0.00 % above the lowest of a run's evaluations, on average over 5 runs." in page
     assert "b_g = -3 (9.00 instead of a failure)" in page and "original, Fig. 4(a) (diverged)" in page
     nets = re.findall(r"^\| cifar10/(\S+) \|", results.readme(), re.MULTILINE)
     assert nets == ["110-exclusive-gating-3", "110-dropout-shortcut", "164", "110-preact"]  # as in the tables
@@ -111,31 +143,21 @@ def test_five_seeds_and_a_diverged_one(results):
 
 def test_imagenet_runs_and_averages(results):
     """A cell shows an evaluation of a run's last net as training left it; an average of nets has evaluations alone."""
-    more = {"dataset": "imagenet", "val_top1": 25.5, "val_top5": 8.5, "iterations": 600_000}
-    folder = results("imagenet/34-A/seed1", 1.0, **more)
-    for path, name in ((folder / "result.json", "x"), (folder / "log.csv", "val_top1")):
-        path.write_text(path.read_text().replace("test_error", name))
-    for protocol, top1, iterations, images in (
-        ("10-crop", 24, 600_000, 0),
-        ("1-crop-320", 2, 9, 0),
-        ("1-crop", 2, 9, 1),
-    ):
-        made = {"top1": top1, "top5": 7.5, "iterations": [iterations], "recompute_bn": images}
-        (folder / f"{protocol}.json").write_text(json.dumps(made))
-    few = {"top1": 24.5, "iterations": [600_000], "recompute_bn": 0}  # as of fewer than 6 classes
-    (folder / "multi-scale.json").write_text(json.dumps(few))
-    folder = results("imagenet/ensemble/seed1", 1.0, runs=["a", "b"])
-    path = folder / "result.json"
-    path.write_text(path.read_text().replace("test_error", "x").replace("train_loss", "y"))
-    (folder / "log.csv").unlink()
-    (folder / "multi-scale.json").write_text('{"top1": 19.5, "top5": 3.25}')
+    folder = results("imagenet/34-A/seed1", 25.5)
+    results.evaluated(folder, "10-crop", top1=24, top5=7.5)
+    results.evaluated(folder, "1-crop-320", iterations=9, top1=2, top5=7.5)
+    results.evaluated(folder, "1-crop", recompute_bn=1, top1=2, top5=7.5)
+    results.evaluated(folder, "multi-scale", top1=24.5)  # as of fewer than 6 classes
+    for net in NETS:
+        results(net, 26.0)
+    results.average("imagenet/ensemble/seed1", [f"results/{net}" for net in NETS], top1=19.5, top5=3.25)
     report.main()
     page = results.page()
     assert "| ResNet-34 A | 25.03 | 24.00 (n = 1) | 7.76 | 7.50 (n = 1) |" in page
     assert "| ResNet, six nets | 3.57 | 3.25 (n = 1) |" in page and "2.00 (n" not in page
     assert "| imagenet/34-A, 10-crop top-1 | 25.03 | 24.00 (n = 1) |" in results.readme()
     values = report.read_run(report.RESULTS / "imagenet/34-A/seed1")["values"]
-    assert results.drawn["1-fig4"] == 8 + 2
+    assert results.drawn["1-fig4"] == 8 + 2  # no curve of ours but 34-A's
     metrics = {"1-crop top-1", "1-crop top-5", "training loss", "10-crop top-1", "10-crop top-5", "multi-scale top-1"}
     assert values.keys() == metrics
 
@@ -171,23 +193,30 @@ def test_folders_that_cannot_be_read_are_named_and_skipped(results, capsys):
     assert "| ResNet-20 | 8.75 | 8.70 (n = 1) |" in page
     for seed in [*range(10, 16), *range(20, 28), *range(30, 38), *range(40, 43)]:
         assert f"- cifar10/20/seed{seed}: " in page and f"cifar10/20/seed{seed}: cannot be read" in printed, seed
-    assert "cifar10/20/seed50: not finished: there is no result.json" in printed
-    assert "seed51: not finished" in printed and "not finished" not in page  # it may be on its way
+    assert "- cifar10/20/seed51: cannot be read: there is no log.csv" in page
+    assert "\nno result yet, so in no table: cifar10/20/seed50\n" in printed and "seed50" not in page
     assert "seed1:" not in printed
 
 
-def test_other_runs_and_precisions_fill_no_cell(results):
+def test_other_runs_and_precisions_fill_no_cell(results, capsys):
     results("cifar10/110/seed1", 6.5)
     results("cifar10/110/seed2", 1.5, precision="bf16")
-    results("cifar10/110/seed3", 1.5, dataset="synthetic")
+    changed(results("cifar10/110/seed3", 1.5), "config.json", lambda config: config["environment"].pop("modified"))
+    for seed, precision in enumerate(("fp16", "bf16", "tf32"), 1):
+        results(f"cifar10/164/seed{seed}", 5.0 + seed, precision=precision)
     for name in ("cifar10/20-preact-800", "cifar10/110/again", "mine/seed1", "seed1"):
         results(name, 2.5)
     report.main()
     cells, _, others = results.page().partition("## Other runs")
     assert "| 6.50 (n = 1) |" in cells and "1.50" not in cells and "2.50" not in cells
     assert "| NIN | 8.81 |  |" in cells
-    for name in ("cifar10/110/seed2", "cifar10/110/seed3", "cifar10/110/again", "mine/seed1", "seed1"):
-        assert f"[{name}]({name})" in others
+    assert "| 8.00 (n = 1, tf32) |" in cells and "| cifar10/164 | 5.93 | 8.00 (n = 1, tf32) |" in results.readme()
+    reasons = {"cifar10/110/seed2": "its row has runs in float32", "cifar10/110/seed3": "its code had been changed, "}
+    reasons |= {f"cifar10/164/seed{seed}": "its row has runs in tf32" for seed in (1, 2)}
+    printed = capsys.readouterr().out
+    for name in (*reasons, "cifar10/110/again", "mine/seed1", "seed1"):
+        line = re.search(rf"^\| \[{name}\]\({name}\) \|.*", others, re.MULTILINE)[0]
+        assert reasons.get(name, "its folder is no row's") in line and f"{name}: in no table, as i" in printed
 
 
 def test_orderings_of_the_short_schedule(results):
@@ -349,42 +378,184 @@ def test_the_page_has_a_place_for_every_table_and_figure():
     assert all(f"### {title}\n\n![{title}]({name}.svg)" in text for name, (_, title, _) in report.FIGURES.items())
 
 
-# What is committed
+# Which runs count
 
 
-def committed():
+def changed(folder, name, change):
+    """Change the content of a JSON file in a folder."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+MEANINGS = {}  # {a row's name: {flag of its identity: value}}
+
+
+def meaning(name, parse):  # noqa: F811
+    """What makes a run of a row this run, but for its seed and precision."""
+    if name not in MEANINGS:
+        words = report.commands()[name]
+        flags = parse(SCRIPTS[words[0]], words)
+        MEANINGS[name] = {flag: getattr(flags, flag) for flag in {*SCRIPTS[words[0]].IDENTITY} - {"precision", "seed"}}
+    return MEANINGS[name]
+
+
+def check_row(folder, parse):  # noqa: F811
+    """A folder with a row's name is a run that counts, and its row's command still means the same. Any other was made
+    from committed code."""
+    run = report.read_run(folder)
+    name = folder.relative_to(report.RESULTS).as_posix().rpartition("/seed")[0]
+    if name not in report.commands():
+        assert run["config"]["environment"]["modified"] is False, folder
+        return
+    assert run["objection"] is None, f"{folder}: {run['objection']}"
+    if "runs" not in run:
+        for flag, value in meaning(name, parse).items():
+            before, now = map(checkpoint.without_off, (run["config"].get(flag), value))
+            assert before == now, f"{folder}: {flag} is {before}, and its row's is {now}"
+
+
+def check_log(folder):
+    """A run's errors are those of the last row of its log, and an average's those of its evaluations."""
+    run = report.read_run(folder)
+    if "runs" in run:
+        assert run["evaluated"] and all(
+            run[test] == json.loads((folder / f"{test}.json").read_text()) for test in run["evaluated"]
+        ), folder
+    elif not run["diverged"]:
+        last, errors = run["log"][-1], [name for name in report.METRICS if name in run and name != "train_loss"]
+        assert errors and last["iteration"] == run["iterations"], folder
+        assert [last.get(name) for name in errors] == [run[name] for name in errors], folder
+
+
+@pytest.fixture
+def kinds(results, parse):  # noqa: F811
+    """{kind: a made-up run of a row that counts}"""
+    made = {"cifar10": results("cifar10/20/seed2", 8.5), "voc": results("voc/101/seed1", 76.5)}
+    made["coco"] = results("coco/101/seed1", 48.5)
+    nets = [results(net, 23.0) for net in NETS]
+    made |= {"imagenet": nets[-1]}
+    for folder in (*made.values(), *nets):
+        name = folder.parent.relative_to(report.RESULTS).as_posix()
+        row = meaning(name, parse)
+        changed(folder, "config.json", lambda config, row=row: config.update(row | {"images": config["images"]}))
+    results.evaluated(made["imagenet"], "1-crop-320", top1=21.25, top5=5.5)
+    results.evaluated(made["voc"], "baseline", images=4_952)
+    results.evaluated(made["coco"], "refine", images=40_504)
+    made["ensemble"] = results.average("imagenet/ensemble/seed1", [f"results/{net}" for net in NETS], top1=20, top5=3.5)
+    return made
+
+
+def test_a_run_of_each_kind_counts(kinds, parse):  # noqa: F811
+    for folder in kinds.values():
+        check_row(folder, parse)
+        check_log(folder)
+    rows, others, unfinished, problems = report.read_runs(report.RESULTS)
+    assert sum(map(len, rows.values())) == 10 and not (others or unfinished or problems)
+    assert "1-crop-320 top-1" in rows["imagenet/152"][1]["values"]
+
+
+def add(words):
+    return "config.json", lambda config: config["environment"].update(command=config["environment"]["command"] + words)
+
+
+def instead(old, new):
+    def change(config):
+        config["environment"]["command"] = config["environment"]["command"].replace(old, new)
+
+    return "config.json", change
+
+
+def setting(file, **values):
+    return file, lambda content: content.update(values)
+
+
+@pytest.mark.parametrize(
+    "kind, change, objection",
+    (
+        ("imagenet", instead("--test 10-crop,multi-scale,1-crop-320 ", ""), "its row's, .*(differing: --test)"),
+        ("imagenet", add(" --epochs 30"), "(differing: --epochs)"),
+        ("imagenet", instead("seed2", "seed3"), "(differing: --out)"),
+        ("imagenet", instead("--seed 2 ", ""), "(differing: --seed)"),
+        ("cifar10", instead("cifar_train", "mine"), "(differing: script)"),
+        ("cifar10", add(" --images 100 --lr=0.2"), "(differing: --images, --lr)"),
+        ("voc", instead("imagenet/101/seed1", "R-101.pkl"), "(differing: --weights)"),
+        ("imagenet", setting("config.json", environment={}), "(differing: "),
+        ("imagenet", setting("config.json", images=600), "it was trained on 600 images"),
+        ("voc", setting("config.json", images=8), "it was trained on 8 images"),
+        ("imagenet", setting("1-crop-320.json", images=10), "1-crop-320.json is of 10 images, not .* 50000"),
+        ("voc", setting("baseline.json", images=10), "baseline.json is of 10 images"),
+        ("coco", setting("refine.json", images=10), "refine.json is of 10 images"),
+        ("ensemble", setting("multi-scale.json", images=10), "multi-scale.json is of 10 images"),
+        ("ensemble", setting("result.json", runs=["results/imagenet/50/seed1"] * 6), "not the average"),
+        ("ensemble", setting("result.json", recompute_bn=1000), "not the average"),
+        ("ensemble", setting("result.json", iterations=[64_000] * 5 + [9]), "152/seed2: it had not finished"),
+    ),
+)
+def test_a_run_that_breaks_a_rule_is_among_the_others(kinds, parse, kind, change, objection):  # noqa: F811
+    changed(kinds[kind], *change)
+    pattern = re.escape(objection).replace(r"\.\*", ".*")
+    with pytest.raises(AssertionError, match=pattern):
+        check_row(kinds[kind], parse)
+    others = {run["folder"].parent.name: run["objection"] for run in report.read_runs(report.RESULTS)[1]}
+    assert re.search(pattern, others[kinds[kind].parent.name])
+    if kind == "imagenet":
+        assert "imagenet/152/seed2: " in others["ensemble"]
+
+
+def test_an_average_needs_its_nets(kinds):
+    (report.RESULTS / "imagenet/50/seed1/result.json").unlink()
+    others = report.read_runs(report.RESULTS)[1]
+    assert [run["folder"] for run in others] == [kinds["ensemble"]]
+    assert "(results/imagenet/50/seed1: cannot be read: there is no result.json)" in others[0]["objection"]
+
+
+def test_flags_of_the_machine_may_be_added(kinds, parse):  # noqa: F811
+    """Those that run_all.sh passes on."""
+    flags = "--data 'a b' --workers=3 --device cuda --precision bf16 --timeout 9 --checkpoint-seconds 1 --compile"
+    assert {word.partition("=")[0] for word in flags.split() if "--" in word} == {*report.MACHINE}
+    (line,) = listed("imagenet/152/seed2", FLAGS=flags)
+    command = shlex.join(shlex.split(line)[3:])
+    assert all(flag in command for flag in report.MACHINE)
+    changed(kinds["imagenet"], "config.json", lambda config: config["environment"].update(command=command))
+    check_row(kinds["imagenet"], parse)
+
+
+@pytest.mark.parametrize("kind", ("cifar10", "imagenet", "voc", "coco", "ensemble"))
+def test_a_result_that_is_not_its_logs(kinds, kind):
+    folder, column = kinds[kind], [*ERRORS.get(kind, ["test_error"])][-1]
+    change = {"multi-scale": {}} if kind == "ensemble" else {column: 1.0}
+    changed(folder, "result.json", lambda result: result.update(change))
+    with pytest.raises(AssertionError):
+        check_log(folder)
+
+
+def test_a_command_that_has_changed_its_meaning(kinds, parse):  # noqa: F811
+    changed(kinds["imagenet"], "config.json", lambda config: config.update(micro_batch=64))
+    with pytest.raises(AssertionError, match="micro_batch is 64, and its row's is 32"):
+        check_row(kinds["imagenet"], parse)
+
+
+# What lies under results/
+
+
+def finished():
     return sorted(path.parent for path in (HERE / "results").rglob("result.json"))
 
 
-def test_committed_runs_are_their_rows(parse):  # noqa: F811
-    """A folder with a row's name was made by that row's command, which means the same today, from committed code."""
-    lines = {line.split()[0].removesuffix("/seed1"): line.split()[3:] for line in listed(SEEDS="1")}
-    for folder in committed():
-        name, _, seed = folder.relative_to(HERE / "results").as_posix().rpartition("/seed")
-        config = json.loads((folder / "config.json").read_text())
-        assert config["environment"]["modified"] is False, folder
-        if not name:
-            continue
-        command = " ".join(lines[name]).replace("--seed 1 ", f"--seed {seed} ").replace("/seed1", f"/seed{seed}")
-        assert config["environment"]["command"] == command
-        if seed == "1":
-            flags = vars(parse(cifar_train, lines[name]))
-            for flag in cifar_train.IDENTITY:
-                before, now = map(checkpoint.without_off, (config.get(flag), flags[flag]))
-                assert before == now, (name, flag)
+def test_runs_under_results_are_their_rows(parse):  # noqa: F811
+    for folder in finished():
+        check_row(folder, parse)
 
 
-def test_committed_results_agree_with_their_logs():
-    for folder in committed():
-        run = report.read_run(folder)
-        if not run["diverged"]:
-            assert run["log"][-1]["iteration"] == run["iterations"]
-            assert run["log"][-1]["test_error"] == run["test_error"]
+def test_runs_under_results_agree_with_their_logs():
+    for folder in finished():
+        check_log(folder)
 
 
 def test_pages_are_not_stale():
-    rows, others, problems = report.read_runs(HERE / "results")
-    assert all("not finished" in problem for problem in problems)  # a run may be on its way
+    rows, others, _, problems = report.read_runs(HERE / "results")
     readme, page = ((HERE / path).read_text("utf-8") for path in ("README.md", "results/README.md"))
+    assert not problems
     assert report.with_headline(readme, rows) == readme, "run python report.py"
     assert report.page(rows, others, []) == page, "run python report.py"

@@ -23,7 +23,7 @@ import units
 import weights
 
 HERE = pathlib.Path(__file__).parent
-OURS = ("LIST", "SEEDS", "OUT", "SHARD", "JOBS", "LAUNCH", "SMOKE", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT")
+OURS = ("LIST", "SEEDS", "OUT", "SHARD", "JOBS", "LAUNCH", "FLAGS", "SMOKE", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT")
 
 
 def start(*words, cwd=HERE, script="run_all.sh", path=pathlib.Path(sys.executable).parent, **variables):
@@ -69,10 +69,16 @@ def tags():
     return {line.split()[0].removesuffix("/seed1"): comment.split(";")[0].split(",") for line, _, comment in runs}
 
 
+@functools.cache
+def beginning():
+    about = {"depth": 101, "unit": "bottleneck", "unit_args": {"option": "B"}}
+    return models.imagenet_resnet(18, units.Basic, width=2), about | weights.grey_levels(data.MEAN, data.STD)
+
+
 @pytest.fixture
 def parse(monkeypatch):
     """parse(script, words): the flags of a command. A net is built at its smallest depth in place of the depth asked
-    for, when that is possible for the unit."""
+    for, when that is possible for the unit; what --weights names is taken for a ResNet-101 of ImageNet's."""
 
     def cifar(depth, unit, *classes, **arguments):
         assert depth > 2 and (depth - 2) % (3 * unit.weights) == 0
@@ -84,6 +90,8 @@ def parse(monkeypatch):
 
     monkeypatch.setattr(cifar_train, "cifar_resnet", cifar, raising=False)
     monkeypatch.setattr(imagenet_train, "imagenet_resnet", imagenet, raising=False)
+    monkeypatch.setattr(detection_train, "load_vgg", lambda path: beginning())
+    monkeypatch.setattr(flags, "load_weights", lambda path, layout: beginning())
 
     def parse(script, words):
         monkeypatch.setattr(sys, "argv", words)
@@ -144,11 +152,7 @@ def test_every_imagenet_row_is_a_command_that_parses(parse):
         assert (args.augment == "scale-aspect") == ("scale-aspect" in name)
 
 
-def test_every_detection_row_is_a_command_that_parses(parse, monkeypatch):
-    begin = models.imagenet_resnet(18, units.Basic), {"depth": 18, "unit": "basic", "unit_args": {}}
-    begin[1].update(weights.grey_levels(data.MEAN, data.STD))
-    monkeypatch.setattr(detection_train, "load_vgg", lambda path: begin)
-    monkeypatch.setattr(flags, "load_weights", lambda path, layout: begin)
+def test_every_detection_row_is_a_command_that_parses(parse):
     for line in listed("1-table7", "1-table8", "1-table9", SEEDS="1"):
         name, _, *command = line.split()
         assert command[:2] == ["python", "detection_train.py"]
@@ -214,6 +218,11 @@ def test_words_select_rows(words, runs):
         ([], {"TMPDIR": "/nowhere", "OUT": "/nowhere"}, "TMPDIR is '/nowhere', where no folder can be made"),
         ([], {"LAUNCH": "a 'b"}, "LAUNCH is 'a 'b', but should be a command"),
         ([], {"LAUNCH": " "}, "LAUNCH is ' ', but should be a command"),
+        ([], {"LAUNCH": "torchrun", "JOBS": "2"}, "JOBS and LAUNCH: what LAUNCH starts takes all GPUs"),
+        ([], {"FLAGS": "--data 'b"}, "FLAGS is '--data 'b', but should be flags"),
+        ([], {"FLAGS": "--workers 2 --lr 1"}, "FLAGS has '--lr', but a row takes --data, "),
+        ([], {"FLAGS": "--compile yes"}, "FLAGS has 'yes', but a row takes "),
+        ([], {"FLAGS": "--compile --data"}, "FLAGS ends with --data, which needs a value"),
     ),
 )
 def test_bad_input(words, variables, message):
@@ -225,6 +234,7 @@ def test_the_list_has_headings_tags_costs_and_done_marks():
     lines = listing("1-table6", "short", "imagenet/50", "imagenet/ensemble", SEEDS="1 9")
     headings = [line for line in lines if line.startswith("# [")]
     assert headings[:2] == ["# [2] Table 1: shortcuts, ResNet-110 (2-table1)", "# [1] Table 6: CIFAR-10 (1-table6)"]
+    assert "(in the first of the row's tables)" in lines[0] and "SEEDS=1 lists one run of each row" in lines[1]
     runs = {line.split()[0]: line for line in lines if line and not line.startswith("#")}
     command = "python cifar_train.py --depth 20 --unit basic --warmup 0 --seed 1 --out results/cifar10/20/seed1"
     words = shlex.split(runs["cifar10/20/seed1"], comments=True)
@@ -270,6 +280,18 @@ def test_shards_are_a_partition():
     for n in (1, 2, 5):
         parts = [listed("2-table2", "1-table6", SEEDS="3 4", SHARD=f"{i}/{n}") for i in range(1, n + 1)]
         assert sorted(sum(parts, [])) == sorted(whole) and max(map(len, parts)) - min(map(len, parts)) < 2
+
+
+def test_flags_of_the_machine_are_passed_on(fake):
+    """To every run but an average, whose runs decide; they stand before --out, and can be pasted."""
+    run = fake('printf "%s\\n" "$@" > "$out/words"; ' + FINISH)
+    flags = "--data 'a b' --precision=bf16 --workers 3 --compile"
+    status, output, _ = run("imagenet/50", FLAGS=flags)
+    words = (fake.folder / "results/imagenet/50/seed1/words").read_text().splitlines()
+    assert status == 0 and words[-10:-4] == ["--data", "a b", "--precision=bf16", "--workers", "3", "--compile"]
+    assert words[-4:] == ["--seed", "1", "--out", "results/imagenet/50/seed1"]
+    assert shlex.split(output.partition("): ")[2])[1:] == words
+    assert listed("imagenet/ensemble", FLAGS=flags) == listed("imagenet/ensemble")
 
 
 def test_help():
@@ -334,7 +356,8 @@ def test_a_call_that_starts_nothing_says_so(fake):
     run = fake(FINISH)
     assert run("cifar10/20")[0] == 0
     assert run("cifar10/20") == (0, '1 of 1 runs have a result; SEEDS="6 7 8" or OUT=DIR makes others\n', "")
-    assert run("cifar10/20", SHARD="2/2") == (0, "SHARD=2/2 is none of these 1 runs\n", "")
+    for variables in ({}, {"LIST": "1"}):
+        assert run("cifar10/20", SHARD="2/2", **variables) == (0, "SHARD=2/2 is none of these 1 runs\n", "")
     assert len(fake.calls()) == 1
     status, output, errors = run("imagenet/50", LAUNCH="no-such-program")
     assert (status, output) == (2, "") and "there is no no-such-program: activate the environment" in errors
@@ -400,7 +423,7 @@ def test_a_machine_without_gpus_and_rows_that_launch_starts(fake):
     assert run("cifar10/20")[0] == 0 and run("cifar10/32", GOMP_SPINCOUNT="7")[0] == 0
     fake.program("nvidia-smi", "echo 0; echo 1")
     fake.program("my torchrun", 'echo "$1" >> launched; exec python "$@"')
-    assert run("imagenet/50", LAUNCH="'my torchrun' --x", JOBS="2")[0] == 0
+    assert run("imagenet/50", LAUNCH="'my torchrun' --x")[0] == 0
     assert run("imagenet/101", JOBS="2", CUDA_VISIBLE_DEVICES="4,5")[0] == 0
     lines = (fake.folder / "gpus").read_text().splitlines()
     assert lines == ["unset 2000", "unset 7", "unset 2000", "4 2000"]
@@ -446,7 +469,10 @@ def test_smoke_shows_what_failed_and_leaves_nothing(fake):
     run = fake(f'echo "$out is odd"; case "$*" in *"--unit basic-plain"*) exit 4;; esac; {FINISH}')
     status, output, errors = run("cifar10/20", "cifar10/20-plain", SMOKE="1", TMPDIR=str(temporary))
     assert status == 1 and errors == "failed:\n  cifar10/20-plain/seed1 (exit status 4)\n"
-    assert output == "cifar10/20/seed1: ran\ncifar10/20-plain/seed1: cifar10/20-plain/seed1 is odd\n"
+    first, second = output.splitlines()
+    assert first.startswith("cifar10/20/seed1: ran python cifar_train.py --depth 20 --unit basic --warmup 0 --seed 1 ")
+    assert first.endswith(" --batch-size 8 --micro-batch 4 --depth 20 --iterations 4 --out cifar10/20/seed1")
+    assert second == "cifar10/20-plain/seed1: cifar10/20-plain/seed1 is odd"
     assert list(temporary.iterdir()) == [] and not (fake.folder / "results").exists()
 
 
@@ -455,4 +481,47 @@ def test_smoke_of_a_real_row(tmp_path):
     temporary = tmp_path / "my tmp"
     temporary.mkdir()
     status, output, errors = run_all("short/38-single-preact", SMOKE="1", TMPDIR=str(temporary))
-    assert (status, output) == (0, "short/38-single-preact/seed1: ran\n"), output + errors
+    assert status == 0 and output.startswith("short/38-single-preact/seed1: ran python "), output + errors
+
+
+def test_smoke_of_imagenet_divides_among_eight_processes(fake, parse, monkeypatch):
+    run = fake('printf "%s\\n" "$@" > ../words; ' + FINISH)
+    assert run("imagenet/200-preact", SMOKE="1", TMPDIR=str(fake.folder))[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    args = parse(imagenet_train, (fake.folder.parent / "words").read_text().splitlines())
+    assert (args.depth, args.preact, args.images, args.test) == (200, True, 32, ["1-crop-320"])
+
+
+# ImageNet's page
+
+
+def test_commands_of_the_imagenet_page_are_rows():
+    """What torchrun starts there in results/ is what LIST=1 prints."""
+    page = (HERE / "docs" / "imagenet.md").read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"imagenet_train.py .*--out results/\S+", page)
+    rows = [shlex.join(line.split()[3:]) for line in listed("imagenet")]
+    assert commands and all(" ".join(command.split()) in rows for command in commands), commands
+
+
+@pytest.mark.parametrize("stop", (False, True))
+def test_the_slurm_script_comes_back_when_time_is_up_alone(tmp_path, stop):
+    """With a torchrun that ends with 1: at once as after bad input, or asked to stop, as it is when the time is up."""
+    page = (HERE / "docs" / "imagenet.md").read_text("utf-8")
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)[1]
+    bin = tmp_path / "venv" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "activate").write_text("PATH=$PWD/venv/bin:$PATH\n")
+    wait = "trap 'echo saved > saved; exit 1' TERM; touch started; for i in {1..600}; do sleep 0.05; done"
+    for name, body in (("torchrun", wait if stop else "exit 1"), ("scontrol", 'echo "$@" > requeued')):
+        (bin / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin / name).chmod(0o755)
+    (tmp_path / "job").write_text(re.sub(r"(?m)^cd .*?(?= |$)", f"cd '{tmp_path}'", script))
+    process = subprocess.Popen(["bash", tmp_path / "job"], env=os.environ | {"SLURM_JOB_ID": "7"}, cwd=tmp_path)
+    while stop and not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    if stop:
+        process.terminate()
+    process.wait(timeout=30)
+    assert (tmp_path / "saved").exists() == (tmp_path / "requeued").exists() == stop
+    assert not stop or (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -238,6 +238,23 @@ def test_every_iteration_is_saved(short_folder):
     assert phase(short_folder)[0] == 2 * 65 + 2
 
 
+def test_only_changed_code_is_modified(world_of_one, tmp_path, monkeypatch):
+    """Pages that report.py writes, and new runs, do not make a clone's next run one of changed code."""
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", tmp_path]
+    (tmp_path / "results").mkdir()
+    for name in ("checkpoint.py", "results/units.py", "README.md"):
+        (tmp_path / name).write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    assert checkpoint.environment({})["modified"] is False
+    (tmp_path / "README.md").write_text("2")
+    (tmp_path / "results" / "log.csv").write_text("2")
+    assert checkpoint.environment({})["modified"] is False
+    (tmp_path / "results" / "units.py").write_text("2")
+    assert checkpoint.environment({})["modified"] is True
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_is_heard_while_nothing_moves(fork, tmp_path):
     """By a process whose peer does not come, at once; and, the second time, by one whose peer halts."""

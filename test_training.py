@@ -422,6 +422,14 @@ def test_reduced_precision(start, precision):
     assert result["precision"] == precision and result["diverged"] is False
 
 
+def test_a_precision_is_warned_of_once(monkeypatch, world_of_one, recwarn):
+    for rank in (1, 0, 2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        training.Precision("bf16", torch.device("cpu"))
+    (warning,) = recwarn
+    assert "on most CPUs bf16 and fp16 are slower than float32, and tf32 is float32" in str(warning.message)
+
+
 @pytest.mark.parametrize("launched", (False, True))
 def test_two_processes_write_one_run(launched, tmp_path):
     words = [*TINY, "--out", tmp_path / "run"]

@@ -103,8 +103,11 @@ class Precision:
 
     def __init__(self, name, device):
         needs = {"float32": (0, 0), "tf32": (8, 0), "bf16": (8, 0), "fp16": (7, 0)}[name]
-        if device.type == "cpu" and name != "float32":
-            warn(f"--precision {name}: on most CPUs float32 itself (tf32) or slower (bf16, fp16)", stacklevel=3)
+        if dist.is_initialized() and dist.get_rank():
+            pass  # process 0 warns
+        elif device.type == "cpu" and name != "float32":
+            slower = "bf16 and fp16 are slower than float32, and tf32 is float32"
+            warn(f"--precision {name}: on most CPUs {slower}", stacklevel=3)
         elif device.type == "cuda" and torch.cuda.get_device_capability(device) < needs:
             warn(f"--precision {name}: this GPU has no units for it, so it is no faster than float32", stacklevel=3)
         self.tf32, dtype = name == "tf32", torch.float16 if name == "fp16" else torch.bfloat16

@@ -697,43 +697,48 @@ class COCOImages(ImageFiles):
     def __init__(self, root, part, train, limit):
         path = where = root / "annotations" / f"instances_{part}.json"
         try:
-            content = json.loads(path.read_bytes())
-            names = {category["id"]: category["name"] for category in content["categories"]}
-            images = {image["id"]: image for image in content["images"]}
-            if (len(names), len(images)) != (len(content["categories"]), len(content["images"])):
-                raise ValueError("two of its categories or two of its images have the same id")
-            found, annotations = {number: [] for number in list(images)[: limit or None]}, []
+            content = json.loads(path.read_bytes(), object_hook=without_polygons)
+            names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
+            images = {int(image["id"]): image for image in content["images"]}
+            if len({*names.values()}) < len(content["categories"]) or len(images) < len(content["images"]):
+                raise ValueError("two of its categories have the same id or name, or two of its images the same id")
+            found, annotations = {image: [] for image in [*images][: limit or None]}, []
             for n, a in enumerate(content["annotations"], 1):
                 where = f"{path}, annotation {n}"
-                if a["image_id"] not in images or a["category_id"] not in names:
+                image, category, crowd = int(a["image_id"]), int(a["category_id"]), int(a.get("iscrowd") or 0)
+                if image not in images or category not in names:
                     raise ValueError("its image or its category is not in the file")
                 x, y, w, h = map(float, a["bbox"])
                 if not math.isfinite(x + y + w + h):
                     raise ValueError(f"its box is {a['bbox']}")
-                image, crowd = images[a["image_id"]], bool(a.get("iscrowd"))
-                box = max(x, 0.0), max(y, 0.0), min(x + w, image["width"]), min(y + h, image["height"])
-                if a["image_id"] in found and box[0] < box[2] and box[1] < box[3] and not (train and crowd):
-                    found[a["image_id"]].append((a["category_id"], box, crowd))
-                if a["image_id"] in found and not train:  # counted from 1: pycocotools takes the id 0 for no object
-                    plain = {"id": n, "bbox": [x, y, w, h], "area": a.get("area", w * h), "iscrowd": int(crowd)}
-                    annotations.append(plain | {name: a[name] for name in ("image_id", "category_id")})
+                if image not in found:
+                    continue
+                width, height = int(images[image]["width"]), int(images[image]["height"])
+                box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+                if box[0] < box[2] and box[1] < box[3] and not (train and crowd):
+                    found[image].append((category, box, bool(crowd)))
+                if (
+                    not train
+                ):  # counted from 1, as pycocotools takes the id 0 for no object; the area, of no account here
+                    place = {"id": n, "image_id": image, "category_id": category, "bbox": [x, y, w, h]}
+                    annotations.append(place | {"iscrowd": crowd, "area": 0})
             where = path
-            found = {number: objects for number, objects in found.items() if objects or not train}
-            files = [root / part / images[number]["file_name"] for number in found]
-            for file in files:
-                if not file.is_file():
-                    raise ValueError(f"there is no image {file}")
-            if not any(found.values()):
+            found = {image: objects for image, objects in found.items() if objects or not train}
+            if all(crowd for objects in found.values() for _, _, crowd in objects):
                 raise ValueError("none of its images has an object")
-            self.sizes = [(images[number]["width"], images[number]["height"]) for number in found]
+            self.sizes = [(int(images[image]["width"]), int(images[image]["height"])) for image in found]
+            files = [root / part / images[image]["file_name"] for image in found]
         except KeyError as error:
             raise ValueError(f"{where} is not in COCO's format: there is no {error} in it") from None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is not in COCO's format: {error}") from None
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"there is no image {file}, which {path} names")
         self.categories, self.classes, self.ids = sorted(names), [names[n] for n in sorted(names)], list(found)
         self.names, self.labels = np.array([os.fsencode(file) for file in files]), np.arange(len(files))
         self.objects = [as_objects(objects, self.categories) for objects in found.values()]
-        categories = [{"id": number, "name": name} for number, name in names.items()]
+        categories = [{"id": category, "name": name} for category, name in names.items()]
         self.truth = {"images": [{"id": n} for n in found], "annotations": annotations, "categories": categories}
 
     def open(self, index):
@@ -741,6 +746,12 @@ class COCOImages(ImageFiles):
         if image.size != (width, height):
             raise ValueError(f"it has {image.width} x {image.height} pixels, and its boxes are of {width} x {height}")
         return image
+
+
+def without_polygons(item):
+    """An object of COCO's file without its outlines, which take most of the memory and are not used."""
+    item.pop("segmentation", None)
+    return item
 
 
 class Shapes(SyntheticImages):

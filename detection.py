@@ -34,7 +34,7 @@ COCO_ANCHORS = (64, *ANCHORS)  # [3] Section 4.2
 SMALLEST = 16  # side of a proposal
 SCALES = (200, 400, 600, 800, 1000)  # shorter sides in multi-scale testing, [1] Appendix B
 
-# How a detector is tested, each with what Table 9 of [1] adds: (box refinement, shorter sides of the regions' maps)
+# How a trained detector is tested, Table 9 of [1]: (refine the boxes?, shorter sides of the maps; () is the usual one)
 TESTS = {"baseline": (False, ()), "refine": (True, ()), "multi-scale": (True, SCALES)}
 
 
@@ -116,17 +116,17 @@ class Detector(nn.Module):
         return maps, proposals, size, targets, losses
 
     def features(self, maps, boxes):
-        """What conv5_x and up make of the regions `boxes` (R, 4) of the image's maps: (R, features). Of several maps,
-        [(map, its scale), ...] by growing scale, each region is pooled from the two between which it has the area of
-        224 x 224 pixels, and of these two features the larger counts, one by one: [1] Appendix B, maxout."""
+        """What conv5_x and up make of the regions `boxes` (R, 4) of an image: (R, features). Of several maps,
+        [(map, its scale), ...], smallest first, each region is pooled from the two in which its area lies on either
+        side of 224 x 224 pixels, and the elementwise maximum of the two features counts: [1] Appendix B, maxout."""
         if len(maps) == 1:
             return self.head(roi_pool(maps[0][0], [boxes], self.roi, 1 / STRIDE))
         sides = box_area(boxes).sqrt()[:, None] * torch.tensor([scale for _, scale in maps], device=boxes.device)
         lower, both = (sides <= 224 * self.scale).sum(dim=1).sub(1).clamp(0, len(maps) - 2), []
         for level in (lower, lower + 1):
             pooled = maps[0][0].new_empty(len(boxes), maps[0][0].shape[1], self.roi, self.roi)
-            for i, (one, scale) in enumerate(maps):
-                pooled[level == i] = roi_pool(one, [boxes[level == i]], self.roi, scale / STRIDE)
+            for i, (level_map, scale) in enumerate(maps):
+                pooled[level == i] = roi_pool(level_map, [boxes[level == i]], self.roi, scale / STRIDE)
             both.append(self.head(pooled))
         return torch.maximum(*both)
 
@@ -156,14 +156,14 @@ class Detector(nn.Module):
         test: one of TESTS."""
         refine, shorts = TESTS[test]
         maps, proposals, size, _, _ = self.propose(image)
-        maps = self.pyramid(image, shorts, size) if shorts else [(maps, 1)]
+        maps = self.pyramid(image, shorts, maps, size) if shorts else [(maps, 1)]
         boxes, scores = self.predict(maps, proposals, size)
         if refine:  # each region once more, from its likeliest class's box
-            again = boxes[torch.arange(len(boxes), device=boxes.device), scores.argmax(dim=1)]
-            more_boxes, more_scores = self.predict(maps, again, size)
+            refined = boxes[torch.arange(len(boxes), device=boxes.device), scores.argmax(dim=1)]
+            more_boxes, more_scores = self.predict(maps, refined, size)
             boxes, scores = torch.cat([boxes, more_boxes]), torch.cat([scores, more_scores])
         labels = torch.arange(1, 1 + scores.shape[1], device=scores.device).expand_as(scores)
-        likely = scores > 0.05
+        likely = (scores > 0.05) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # some are clipped to nothing
         boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
         keep = batched_nms(boxes, scores, labels, 0.3)[:100]
         kept = clip_boxes_to_image(vote(boxes, scores, labels, keep), size) if refine else boxes[keep]
@@ -175,24 +175,27 @@ class Detector(nn.Module):
         boxes = self.sampler.box_coder.decode(coded.flatten(1), [regions]).view(coded.shape)
         return clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
 
-    def pyramid(self, image, shorts, size):
-        """[(map, its scale), ...] of an image whose shorter side becomes one of `shorts` after the other; the scale of
-        the image that was proposed for, of this size, is 1."""
-        maps, usual = [], (self.transform.min_size, self.transform.max_size)
+    def pyramid(self, image, shorts, usual, size):
+        """[(map, its scale), ...] of an image whose shorter side becomes one of `shorts` after the other, where it has
+        600 in the usual map, whose image has this size and whose scale is 1."""
+        maps, sizes = [], (self.transform.min_size, self.transform.max_size)
         for short in shorts:
+            if short == SHORT:
+                maps.append((usual, 1))
+                continue
             self.transform.min_size = (round(short * self.scale),)
             self.transform.max_size = round(short * self.scale * LONG / SHORT)
             images, _ = self.transform([image])
             maps.append((self.trunk(images.tensors).to(image.dtype), max(images.image_sizes[0]) / max(size)))
-        self.transform.min_size, self.transform.max_size = usual
+        self.transform.min_size, self.transform.max_size = sizes
         return maps
 
 
 def vote(boxes, scores, labels, keep):
     """The boxes of `keep`, each the mean, weighted by score, of its class's boxes whose IoU with it is 0.5 or more:
     Gidaris and Komodakis, arXiv 1505.01749, Section 5."""
-    weights = ((box_iou(boxes[keep], boxes) >= 0.5) & (labels[keep, None] == labels)) * scores
-    return weights @ boxes / weights.sum(dim=1, keepdim=True)
+    weights = (((box_iou(boxes[keep], boxes) >= 0.5) & (labels[keep, None] == labels)) * scores).double()
+    return (weights @ boxes.double() / weights.sum(dim=1, keepdim=True)).to(boxes.dtype)  # which autocast leaves alone
 
 
 def fix_bn(parent):
@@ -249,35 +252,44 @@ VOC = {"map_11point": "mAP (11-point)", "map_area": "mAP (area)"}  # of VOC 2007
 COLUMNS = {"voc": VOC, "synthetic": VOC, "coco": {"map_50": "mAP@.5", "map_50_95": "mAP@[.5,.95]"}}
 
 
-def average_precision(found, truth, label, least=0.5):
+def matches(found, truth, label):
+    """(matches, objects) of a class: for each box found, by falling score, its score, the object that it overlaps most
+    as (IoU, place, whether it is difficult), and the number of objects that are not difficult.
+
+    found: of each image what `detect` found. truth: of each image its boxes, labels and which are difficult.
+    """
+    rows, objects = [], 0
+    for n, (detections, (boxes, labels, difficult)) in enumerate(zip(found, truth, strict=True)):
+        own, there = detections["labels"] == label, labels == label
+        objects += int((there & ~difficult).sum())
+        scores = detections["scores"][own].tolist()
+        if scores and there.any():
+            most, which = box_iou(detections["boxes"][own].double(), boxes[there].double()).max(dim=1)
+            places = [(n, i) for i in which.tolist()]
+            rows += zip(scores, most.tolist(), places, difficult[there][which].tolist(), strict=True)
+        else:
+            rows += [(score, 0.0, None, False) for score in scores]
+    return sorted(rows, key=lambda row: -row[0]), objects
+
+
+def average_precision(matches, objects, least=0.5):
     """The AP (%) of a class by VOC's rules: {"11point": the mean precision at 11 recalls, as of 2007, "area": the area
     under the curve, as of 2010}. None where the class does not occur.
 
-    found: of each image what `detect` found. truth: of each image its boxes, labels and which are difficult. By
-    falling score, a box is right if, of its class's objects, that of the largest IoU has more than `least` and was not
-    found before; if that one is difficult it is neither right nor wrong.
+    A box is right if the object that it overlaps most has an IoU of more than `least` with it and was not found before;
+    if that object is difficult it is neither right nor wrong.
     """
-    scores, right, positives = [], [], 0
-    for detections, (boxes, labels, difficult) in zip(found, truth, strict=True):
-        boxes, difficult = boxes[labels == label], difficult[labels == label]
-        positives += int((~difficult).sum())
-        own = (detections["labels"] == label).nonzero().flatten()
-        if not len(own):
-            continue
-        own = own[detections["scores"][own].argsort(descending=True, stable=True)]
-        overlaps, taken = box_iou(detections["boxes"][own].double(), boxes.double()), set()
-        for score, overlap in zip(detections["scores"][own].tolist(), overlaps, strict=True):
-            i = int(overlap.argmax()) if len(boxes) else -1
-            hit = i >= 0 and bool(overlap[i] > least)
-            if not (hit and difficult[i]):
-                scores.append(score)
-                right.append(hit and i not in taken)
-            if hit:
-                taken.add(i)
-    if not positives:
+    if not objects:
         return None
-    right = np.array(right, dtype=bool)[np.argsort(-np.array(scores), kind="stable")].cumsum()
-    recall, precision = right / positives, right / np.arange(1, 1 + len(right))
+    right, taken = [], set()
+    for _, iou, place, difficult in matches:
+        if iou <= least:
+            right.append(False)
+        elif not difficult:
+            right.append(place not in taken)
+            taken.add(place)
+    right = np.array(right, dtype=bool).cumsum()
+    recall, precision = right / objects, right / np.arange(1, 1 + len(right))
     points = [precision[recall >= t].max(initial=0) for t in np.linspace(0, 1, 11)]
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # that of the same or a larger recall
     area = (np.diff(recall, prepend=0) * precision).sum()
@@ -294,7 +306,8 @@ def voc_map(found, images):
     Table 9's tests by, the area under the curve, on average over IoUs of 0.5, 0.55, ..., 0.95."""
     aps = {}
     for i, c in enumerate(images.classes):
-        at = [average_precision(found, images.objects, 1 + i, (50 + 5 * k) / 100) for k in range(10)]
+        matched = matches(found, images.objects, 1 + i)
+        at = [average_precision(*matched, (50 + 5 * k) / 100) for k in range(10)]
         if at[0]:
             aps[c] = {f"map_{rule}": value for rule, value in at[0].items()}
             aps[c]["map_area_50_95"] = sum(ap["area"] for ap in at) / 10
@@ -308,15 +321,19 @@ def coco_map(found, images):
 
     truth = COCO()
     truth.dataset, detections = images.truth, coco_detections(found, images)
-    precision = np.zeros((10, 1, len(images.classes)))  # by IoU, recall and class
+    precision = np.zeros((10, 1, len(images.classes), 1, 1))  # by IoU, recall and class
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         if detections:  # it cannot read an empty list
             judge = COCOeval(truth, truth.loadRes(detections), "bbox")
+            judge.params.areaRng, judge.params.maxDets = (
+                judge.params.areaRng[:1],
+                [100],
+            )  # any size: the rest takes long
             judge.evaluate()
             judge.accumulate()
-            precision = judge.eval["precision"][..., 0, 2]  # objects of any size, 100 detections an image
-    by_class, aps = 100 * precision.mean(axis=1).T, {}
+            precision = judge.eval["precision"]
+    by_class, aps = 100 * precision[..., 0, 0].mean(axis=1).T, {}
     occurring = {a["category_id"] for a in images.truth["annotations"] if not a["iscrowd"]}
     for number, c, ap in zip(images.categories, images.classes, by_class, strict=True):
         if number in occurring:

@@ -87,8 +87,8 @@ def lr_at(iteration, args):
 
 
 def evaluate(net, images, test, precision, workers, device):
-    """What is detected in each image under one of detection.TESTS, by one process or another; {class: its AP} of the
-    classes that occur, and the means of these."""
+    """Test the net on every image, shared among the processes, by one of detection.TESTS. Returns what it found in
+    each, {class: its AP} of the classes that occur, and the means of these."""
     net.eval()
     rank, world = dist.get_rank(), dist.get_world_size()
     keys = ([(i,)] for i in range(rank, len(images), world))
@@ -133,8 +133,9 @@ def train(args, device):
         identity = {name: getattr(args, name) for name in IDENTITY} | {"weights": args.weights_hash}
         identity |= {"classes": images.classes, "training_images": len(images)}
         run = checkpoint.Run(args.out, identity, columns)
-        diverged = run.result and run.result["diverged"]
-        tests = [name for name in args.test if not (diverged or tested(args.out, name, args.iterations))]
+        tests = [name for name in args.test if not is_tested(args.out, name, args.iterations, len(test_images))]
+        if run.result and run.result["diverged"]:
+            tests = []
     checkpoint.agree(args.out, run.result, tests)
     if run.result and not tests:
         return finish(run, run.result, columns)
@@ -171,12 +172,12 @@ def train(args, device):
     return finish(run, result, columns)
 
 
-def train_net(args, run, net, images, tested, about, test, device):
-    """The training itself, on `images`. tested: how many images test(), as `evaluate` with all but the net's flags,
-    goes through. Returns the result and what the last test found, or None where a run was killed after it."""
+def train_net(args, run, net, images, n_test, about, test, device):
+    """Train the net on `images`, and evaluate it by test(), on n_test images. Returns the result, and what the last
+    evaluation returned or None if this sitting made none."""
     # 300 regions of an image are tested, and fewer trained on: it costs as much
     columns = detection.COLUMNS[args.dataset]
-    rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * tested)
+    rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * n_test)
     own = range(args.batch_size)[own_micro_batches(args)]
     training = Training(
         args,
@@ -210,8 +211,11 @@ def train_net(args, run, net, images, tested, about, test, device):
         while True:
             t = training.iteration
             if training.row_due(t in rows):
-                last = test() if t in evaluations else None
-                training.row(lr_at(t - 1, args), {name: last[-1][name] for name in columns} if last else {})
+                last, errors = None, {}
+                if t in evaluations:
+                    _, _, maps = last = test()
+                    errors = {name: maps[name] for name in columns}
+                training.row(lr_at(t - 1, args), errors)
             if t == args.iterations:
                 break
             training.save_if_due()
@@ -219,10 +223,11 @@ def train_net(args, run, net, images, tested, about, test, device):
     return training.result("weights", "train", "width", "short", "roi", "regions", "context"), last
 
 
-def tested(folder, name, iterations):
-    """Whether the net of a run's last iteration has been tested so."""
+def is_tested(folder, name, iterations, images):
+    """Whether <name>.json holds a test of the last iteration, on as many images."""
     path = pathlib.Path(folder, f"{name}.json")
-    return path.exists() and checkpoint.read_json(path).get("iterations") == [iterations]
+    test = checkpoint.read_json(path) if path.exists() else {}
+    return (test.get("iterations"), test.get("images")) == ([iterations], images)
 
 
 def shown(maps, columns):
@@ -230,10 +235,12 @@ def shown(maps, columns):
 
 
 def write_test(name, found, aps, maps, images, args, iteration, folder, write):
-    """Write what one of detection.TESTS found: <name>.json, pictures <name>-<number>.png of the first images and, of
-    COCO, detections-<name>.json as its server reads them; into a folder by write(path, content)."""
+    """Write a test's result: <name>.json, <name>-<i>.png of the first images and, for COCO, detections-<name>.json, as
+    its server reads them. write(path, content): how a file is written."""
+    if dist.get_rank() > 0:
+        return
     folder, content = pathlib.Path(folder), maps | {"aps": aps, "images": len(images), "iterations": [iteration]}
-    for i in range(min(args.draw, len(images)) if dist.get_rank() == 0 else 0):
+    for i in range(min(args.draw, len(images))):
         with images.open(i) as image:
             pixels, buffer = data.decode(image, 1).permute(2, 0, 1), io.BytesIO()
         drawn = detection.draw(pixels, found[i], images.classes).permute(1, 2, 0)
@@ -303,11 +310,6 @@ def evaluate_run(args, device):
     net.to(device, memory_format=torch.channels_last)
     columns = detection.COLUMNS[flags.dataset]
 
-    def write(path, content):
-        with checkpoint.all_or_none():
-            if dist.get_rank() == 0:
-                checkpoint.write(path, content)
-
     for name in args.test:
         found, aps, maps = evaluate(net, images, name, precision, args.workers, device)
         for c, ap in aps.items():
@@ -315,7 +317,8 @@ def evaluate_run(args, device):
         print_line(
             f"{folder}: {name}, {shown(maps, columns)} after {state['iteration']:,} of {flags.iterations:,} iterations"
         )
-        write_test(name, found, aps, maps, images, args, state["iteration"], folder, write)
+        with checkpoint.all_or_none():
+            write_test(name, found, aps, maps, images, args, state["iteration"], folder, checkpoint.write)
     return 0
 
 
@@ -381,10 +384,9 @@ def resolve(args):
     for name in tests:
         if name not in detection.TESTS:
             raise ValueError(f"--test {name} is none of {', '.join(detection.TESTS)}")
+    args.test = list(dict.fromkeys(tests if args.evaluate is not None else ["baseline", *tests]))
     if args.evaluate is not None:
-        args.test = tests
         return
-    args.test = list(dict.fromkeys(["baseline", *tests]))
     if args.compile:
         raise ValueError("--compile: images have many sizes, and each would be compiled anew")
     if args.weights and args.width:

@@ -137,7 +137,7 @@ rows="
 1-table7                             76.4       1      voc/101                                  --weights imagenet/101/seed1
 
 # [1] Tables 8 and 9: detection, COCO 2014 val, trained on train: mAP@.5 and mAP@[.5,.95] in %, with context those with refine
-1-table8                             41.5,21.2  1      coco/vgg16                               --dataset coco --vgg --weights vgg16-397923af.pth
+1-table8,1-table9                    41.5,21.2  1      coco/vgg16                               --dataset coco --vgg --weights vgg16-397923af.pth
 1-table8,1-table9                    48.4,27.2  1      coco/101                                 --dataset coco --weights imagenet/101/seed1 --test refine
 1-table9                             51.1,30.0  1      coco/101-context                         --dataset coco --weights imagenet/101/seed1 --context --test refine,multi-scale
 

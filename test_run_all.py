@@ -171,7 +171,7 @@ def test_rows_of_the_tables():
         "1-table5": 1,
         "1-table7": 2,
         "1-table8": 2,
-        "1-table9": 2,
+        "1-table9": 3,
         "2-table5": 5,
         "2-section5": 7,
         "open": 9,

@@ -60,12 +60,12 @@ from training import (
 
 WEIGHT_DECAY = 5e-4  # [3] Section 3.1.3
 
-PAPERS = dict(depth=101, width=64, short=600, roi=14, regions=64, lr=0.001)
+PAPER = dict(depth=101, width=64, short=600, roi=14, regions=64, lr=0.001)
 RECIPES = {
     # [3] Section 3.1.3: 60k + 20k iterations, as of its RPN; 2 images of 64 regions, as of its authors' Fast R-CNN
-    "voc": dict(PAPERS, train="07+12", iterations=80_000, batch_size=2),
+    "voc": dict(PAPER, train="07+12", iterations=80_000, batch_size=2),
     # [1] Appendix A: 240k + 80k iterations of 8 images, as of its RPN
-    "coco": dict(PAPERS, train="2014", iterations=320_000, batch_size=8),
+    "coco": dict(PAPER, train="2014", iterations=320_000, batch_size=8),
     # Not the papers': small images, a narrow net and less of each image, to see it learn in minutes
     "synthetic": dict(
         train="07+12", depth=18, width=16, short=128, roi=7, regions=32, iterations=600, batch_size=8, lr=0.06
@@ -160,13 +160,14 @@ def train(args, device):
         return evaluate(net, test_images, name, precision, args.workers, device)
 
     if run.result:
+        result = run.result
         net.load_state_dict(state["model"])
     else:
         result, last = train_net(args, run, net, images, len(test_images), about, test, device)
-    result = run.result or result
     for name in [] if result["diverged"] else tests:
         found, aps, maps = last if last and name == "baseline" else test(name)
-        write_test(name, found, aps, maps, test_images, args, args.iterations, run.folder, run.write)
+        with checkpoint.all_or_none():
+            write_test(name, found, aps, maps, test_images, args, args.iterations, run.folder, run.write)
         if name != "baseline":
             print_line(f"{run.folder}: {name}, {shown(maps, columns)}")
     return finish(run, result, columns)
@@ -175,8 +176,8 @@ def train(args, device):
 def train_net(args, run, net, images, n_test, about, test, device):
     """Train the net on `images`, and evaluate it by test(), on n_test images. Returns the result, and what the last
     evaluation returned or None if this sitting made none."""
-    # 300 regions of an image are tested, and fewer trained on: it costs as much
     columns = detection.COLUMNS[args.dataset]
+    # 300 regions of an image are tested, and fewer trained on: it costs as much
     rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * n_test)
     own = range(args.batch_size)[own_micro_batches(args)]
     training = Training(

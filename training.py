@@ -224,7 +224,8 @@ def rows_at(iterations, trained, evaluated):
     trained: images in all iterations. evaluated: images in one evaluation.
     """
     every = -(-iterations // 32)
-    rows = [*range(every, iterations, every), iterations]
+    most_but_one = iterations - (every + 1) // 2  # so that the last row's means are of half as many iterations or more
+    rows = [*range(every, most_but_one + 1, every), iterations]
     most = max(1, int(0.1 * 3 * trained / evaluated))
     return {*rows}, {*rows[:: -math.ceil(len(rows) / most)]}
 
@@ -313,8 +314,11 @@ class Training:
         self.compute = None  # with a living CUDA graph the group of processes could not be left
         self.diverged = kind is Diverged
         if isinstance(error, (checkpoint.Stopped, SystemExit)) and self.finite() and self.save():
-            if self.run.mine:
-                checkpoint.print_error(f"saved in {self.args.out}; the same command continues it")
+            saved = f"saved in {self.args.out}; the same command continues it"
+            if isinstance(error, checkpoint.Stopped):
+                error.state = saved  # `start` says it
+            elif self.run.mine:
+                checkpoint.print_error(saved)
         return self.diverged
 
     def introduce(self):
@@ -329,8 +333,8 @@ class Training:
         )
         if self.images < 10 * args.batch_size:
             print_line(
-                f"warning: an epoch is {max(1, round(self.images / args.batch_size))} iterations of {args.batch_size} "
-                "images. So few steps train badly: choose a smaller --batch-size, and a smaller --lr with it"
+                f"warning: the {self.images:,} training images are fewer than 10 batches of {args.batch_size}. So few "
+                "steps an epoch train badly: choose a smaller --batch-size, and a smaller --lr with it"
             )
         if len(self.running) and args.micro_batch < 16:
             print_line(
@@ -486,7 +490,7 @@ def start(work, args):
         return work(args, device)
     except checkpoint.Stopped as stopped:
         if dist.get_rank() == 0:
-            checkpoint.print_error(f"{stopped}: stopped; what has been saved stays")
+            checkpoint.print_error(f"{stopped}: stopped; {stopped.state}")
         return stopped.status
     except Exception as error:
         return status_of(error)

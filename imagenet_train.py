@@ -334,7 +334,10 @@ def scale_of(about, device):
 def check_classes(folder, classes, images):
     """Raises ValueError when the classes of a run are not those of the images, or those of a file are not as many."""
     if classes != images.classes and (pathlib.Path(folder).is_dir() or len(classes) != len(images.classes)):
-        ours, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
+        ours, theirs = (
+            f"{data.counted(len(names), 'class', 'classes')} ({names[0]} ... {names[-1]})"
+            for names in (classes, images.classes)
+        )
         raise ValueError(f"{folder} is of {ours} and the images of {theirs}")
 
 

@@ -324,10 +324,11 @@ class Training:
     def introduce(self):
         """Print what is trained, on what and where, and warn of what seldom trains well."""
         args, count = self.args, sum(p.numel() for p in self.net.parameters())
-        name = getattr(args, "name", f"ResNet-{args.depth}")
+        name, classes = getattr(args, "name", f"ResNet-{args.depth}"), len(self.about["classes"])
         print_line(
-            f"{name} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training images "
-            f"of {len(self.about['classes'])} classes; {args.batch_size} images a step in {args.precision} on "
+            f"{name} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training "
+            f"image{'s' * (self.images != 1)} of {classes} class{'es' * (classes != 1)}; "
+            f"{args.batch_size} image{'s' * (args.batch_size != 1)} a step in {args.precision} on "
             f"{self.device.type}; processes: {dist.get_world_size()}, threads: {torch.get_num_threads()}; in {args.out}"
             + (f", continuing at iteration {self.iteration:,} of {self.iterations:,}" if self.iteration else "")
         )

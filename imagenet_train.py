@@ -6,7 +6,7 @@
     python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
     python imagenet_train.py --evaluate R-50.pkl --data DIR --test 1-crop,10-crop,multi-scale
     python imagenet_train.py --weights FROM --data DIR --lr 0.01 --epochs 20    # begin from a net's weights
-    python imagenet_train.py --data mine --depth 18 --crop 64 --epochs 15 --batch-size 32 --lr 0.05 --micro-batch 32 \\
+    python imagenet_train.py --data mine --depth 18 --crop 64 --epochs 15 --batch-size 16 --lr 0.01 --micro-batch 16 \\
         --out runs/mine    # your own pictures: docs/own-pictures.md
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
         --micro-batch 32

@@ -183,7 +183,10 @@ def agree(folder, *facts):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. `status` is the exit status, 128 + the signal's number."""
+    """A signal asked the run to stop. `status` is the exit status, 128 + the signal's number, and `state` says what
+    is kept."""
+
+    state = "what has been saved stays"
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)

@@ -184,13 +184,43 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 def load_imagenet(dataset, root, limit=0):
-    """The training and the validation images: see `imagenet_part`. Raises ValueError also when their classes differ."""
+    """The training and the validation images: see `imagenet_part`. Raises ValueError also when their classes differ, or
+    when there is only one."""
     train, val = (imagenet_part(dataset, root, part, limit) for part in ("train", "val"))
-    differ = sorted({*train.classes} ^ {*val.classes})
-    if differ:
-        only = "train" if differ[0] in train.classes else "val"
-        raise ValueError(f"{root}: {len(differ)} classes are not in both train and val: {differ[0]} is only in {only}")
+    if dataset == "synthetic":
+        return train, val
+    ours, theirs = {*train.classes}, {*val.classes}
+    if ours != theirs:
+        sides = ("train", sorted(ours - theirs)), ("val", sorted(theirs - ours))
+        few = [(part, ", ".join(names[:5] + ["..."] * (len(names) > 5))) for part, names in sides if names]
+        only = "; ".join(f"only in {part}: {names}" for part, names in few)
+        differ = counted(len(ours ^ theirs), "class is", "classes are")
+        raise ValueError(f"{root}: {differ} not in both train and val ({only})")
+    if len(ours) == 1:
+        raise ValueError(
+            f"{root} holds only one class, {train.classes[0]!r}: do your class folders lie one level too deep?"
+        )
+    beside = sorted(file.name for file in os.scandir(root) if is_picture(file.name))
+    if beside:
+        are = counted(len(beside), "picture is", "pictures are")
+        warn(f"warning: {are} left out, such as {beside[0]}: {root} holds them beside train and val, in no class")
+    warn_of_copies(train, val)
     return train, val
+
+
+def warn_of_copies(train, val):
+    """Warn of validation pictures with the class, the name within it and the size in bytes of a training picture."""
+    starts = [len(os.fsencode(images.folder)) for images in (train, val)]
+    places = {name[starts[1] :]: name for name in val.names.tolist()}
+    pairs = [(name, places[name[starts[0] :]]) for name in train.names.tolist() if name[starts[0] :] in places]
+    copies = [os.fsdecode(b) for a, b in pairs if os.path.getsize(a) == os.path.getsize(b)]
+    if copies:
+        are = counted(len(copies), "picture is", "pictures are")
+        warn(f"warning: {are} in both train and val, such as {copies[0]}: the error on them is too low")
+
+
+def counted(n, one, many):
+    return f"{n:,} {one if n == 1 else many}"
 
 
 def imagenet_part(dataset, root, part, limit=0):
@@ -213,15 +243,21 @@ class ImageFiles:
     def __init__(self, folder):
         if not folder.is_dir():
             raise ValueError(
-                f"there is no folder {folder}: ImageNet is expected as train/<class>/*.JPEG and val/<class>/*.JPEG in "
-                f"{folder.parent}. Name the folder that holds it with --data; --dataset synthetic needs none"
+                f"there is no folder {folder}: pictures are expected as train/<class>/*.jpg and val/<class>/*.jpg in "
+                f"{folder.parent}. Name the folder that holds train and val with --data (your own pictures: "
+                "docs/own-pictures.md); --dataset synthetic needs none"
             )
         _, classes, files = next(visible(folder))
         beside = sorted(filter(is_picture, files))
         if beside or not classes:
-            held = f"{len(beside)} pictures beside its folders, such as {beside[0]}" if beside else "no folders"
-            raise ValueError(f"{folder} holds {held}: sort them into one folder per class (docs/imagenet.md)")
-        self.classes, paths, labels, others = sorted(classes), [], [], []
+            held = "no folders"
+            if beside:
+                held = f"{counted(len(beside), 'picture', 'pictures')} beside its folders, such as {beside[0]}"
+            raise ValueError(
+                f"{folder} holds {held}: sort the pictures into a folder per class (docs/own-pictures.md; ImageNet's: "
+                "docs/imagenet.md)"
+            )
+        self.folder, self.classes, paths, labels, others = folder, sorted(classes), [], [], []
         for label, name in enumerate(self.classes):
             files = [os.path.join(place, file) for place, _, files in sorted(visible(folder / name)) for file in files]
             pictures = [path for path in files if is_picture(path)]
@@ -231,7 +267,8 @@ class ImageFiles:
             labels += [label] * len(pictures)
             others += sorted({*files} - {*pictures})
         if others:
-            warn(f"{folder}: {len(others)} files are left out, as they are not named like pictures: {others[0]}, ...")
+            left = f"{counted(len(others), 'file is', 'files are')} left out, such as {others[0]}"
+            warn(f"{folder}: {left}: the names of pictures end in {', '.join(SUFFIXES)}")
         self.labels = np.array(labels)
         self.names = np.array([os.fsencode(path) for path in paths])  # a list would be copied into every worker
 
@@ -246,8 +283,12 @@ class ImageFiles:
 
 
 def open_picture(path):
-    """A picture's file as PIL opens it. Raises ValueError for a pipe, which would be waited for, and its like."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """A picture's file as PIL opens it. Raises ValueError for a folder, for a pipe, which would be waited for, and its
+    like."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"it is a folder; name its files ({path}/*)")
+    if not stat.S_ISREG(mode):
         raise ValueError("it is no regular file")
     return Image.open(path)
 
@@ -450,8 +491,8 @@ def make_batch(images, view, stack, keys):
                 views.append((view(image, *key, index), int(images.labels[index])))
         except Exception as error:  # a damaged file may raise anything
             raise ValueError(
-                f"{images.name(index)} cannot be read: {error}. Put a whole copy or another picture in its place; the "
-                "same command then goes on"
+                f"{images.name(index)} cannot be read: {error}. Put a whole copy or another picture in its place, and "
+                "the same command goes on; or remove it and choose another --out"
             ) from None
     return stack(views)
 

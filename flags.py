@@ -128,20 +128,27 @@ def check_recipe(args):
     if not 0 < args.lr <= torch.finfo(torch.float32).max:
         raise ValueError(f"--lr must be a positive float32, not {args.lr}")
     if args.batch_size % args.micro_batch:
-        raise ValueError(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
+        fits = next(n for n in range(min(args.micro_batch, args.batch_size, 1024), 0, -1) if args.batch_size % n == 0)
+        raise ValueError(
+            f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}: "
+            f"--micro-batch {fits} would"
+        )
     count, world = args.batch_size // args.micro_batch, whole_number("WORLD_SIZE", 1)
     if world < 1 or count % world:
         raise ValueError(f"{world} processes cannot share {count} micro-batches of {args.micro_batch} images evenly")
 
 
 def pretrained_net(args, classes):
-    """The net of --weights for classes of these names. Another number of them needs a new fc, as it is said."""
+    """The net of --weights for classes of these names. Another number of them needs a new last layer: this is said."""
     net, about = args.pretrained
     if len(about["classes"]) != len(classes):
         torch.manual_seed(args.seed)
         net.fc = torch.nn.Linear(net.fc.in_features, len(classes))
         torch.nn.init.zeros_(net.fc.bias)
-        print_line(f"{args.weights} has {len(about['classes'])} classes: the fc for {len(classes)} begins anew")
+        print_line(
+            f"{args.weights} has {len(about['classes'])} classes: its last layer (fc) is replaced by a new, untrained "
+            f"one for {len(classes)}"
+        )
     elif about["classes"] != classes:
         names = " and ".join(f"{names[0]} ... {names[-1]}" for names in (about["classes"], classes))
         print_line(f"the fc of {args.weights} stays, though the names of its {len(classes)} classes differ: {names}")

@@ -6,6 +6,8 @@
     python imagenet_train.py --evaluate RUN RUN --test multi-scale --out runs/ensemble
     python imagenet_train.py --evaluate R-50.pkl --data DIR --test 1-crop,10-crop,multi-scale
     python imagenet_train.py --weights FROM --data DIR --lr 0.01 --epochs 20    # begin from a net's weights
+    python imagenet_train.py --data mine --depth 18 --crop 64 --epochs 15 --batch-size 16 --lr 0.01 --micro-batch 16 \\
+        --out runs/mine    # your own pictures: docs/own-pictures.md
     python imagenet_train.py --dataset synthetic --depth 18 --crop 64 --epochs 4 --batch-size 32 --lr 0.02 \\
         --micro-batch 32
 
@@ -211,7 +213,7 @@ def train(args, device):
     result = run.result or train_net(args, run, net, images, len(val), iterations, columns, about, test, device)
     if protocols and not result["diverged"]:
         about = {"runs": [args.out], "iterations": [iterations], "recompute_bn": 0, "precision": args.precision}
-        write_errors(args.out, protocols, test, len(val), about, run.write, functools.partial(papers_errors, args))
+        write_errors(args.out, protocols, test, val, about, run.write, functools.partial(papers_errors, args))
     return finish(run, result, columns, "" if result["diverged"] else papers_errors(args, "1-crop"))
 
 
@@ -253,15 +255,16 @@ def train_net(args, run, net, images, evaluated, iterations, columns, about, tes
 
 
 def write_errors(folder, protocols, test, images, about, write, papers):
-    """Evaluate by test(protocol) under each protocol: print a line, and write <protocol>.json into a folder by
-    write(path, content). Returns the contents by protocol."""
+    """Evaluate the images by test(protocol) under each protocol: print a line, and write <protocol>.json into a folder
+    by write(path, content). Returns the contents by protocol."""
     contents = {}
     for protocol in protocols:
         errors = test(protocol)
-        contents[protocol] = errors | {"images": images} | about
+        contents[protocol] = errors | {"images": len(images)} | about
         write(pathlib.Path(folder, f"{protocol}.json"), checkpoint.as_json(contents[protocol]))
         shown = f"{protocol} top-1 error {errors['top1']:.2f} %"
         shown += f", top-5 {errors['top5']:.2f} %" if "top5" in errors else ""
+        shown += f" on {data.counted(len(images), 'image', 'images')} of {len(images.classes):,} classes"
         print_line(f"{folder}: {shown}{papers(protocol)}")
     return contents
 
@@ -308,6 +311,21 @@ def refuse_other_images(folder, count, classes):
     )
 
 
+def warn_of_other_images(trained, val):
+    """Warn of runs, {folder: how many images it was trained on}, that were trained on more or fewer images than lie
+    beside those that evaluate them, and of images that are in both. Where none to train on lie there nothing is known.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        train = data.ImageFiles(val.folder.parent / "train")
+        for folder, count in trained.items():
+            if count != len(train):
+                data.warn(
+                    f"warning: {folder} was trained on {count:,} images, and {train.folder} now holds {len(train):,}. "
+                    f"If it was trained on some of {val.folder}, its error there is too low"
+                )
+        data.warn_of_copies(train, val)
+
+
 def scale_of(about, device):
     """The (mean, std) of a net's input, of RGB in 0 ... 1."""
     return tuple(about[name].to(device) / 255 for name in ("mean", "std"))
@@ -316,7 +334,10 @@ def scale_of(about, device):
 def check_classes(folder, classes, images):
     """Raises ValueError when the classes of a run are not those of the images, or those of a file are not as many."""
     if classes != images.classes and (pathlib.Path(folder).is_dir() or len(classes) != len(images.classes)):
-        ours, theirs = (f"{len(names)} classes ({names[0]} ... {names[-1]})" for names in (classes, images.classes))
+        ours, theirs = (
+            f"{data.counted(len(names), 'class', 'classes')} ({names[0]} ... {names[-1]})"
+            for names in (classes, images.classes)
+        )
         raise ValueError(f"{folder} is of {ours} and the images of {theirs}")
 
 
@@ -362,6 +383,9 @@ def evaluate_runs(flags, device):
             check_classes(source, about["classes"], val)
             net.to(device, memory_format=torch.channels_last)
             nets.append((net, Precision(other.precision, device), scale_of(about, device)))
+        if args.dataset == "imagenet":
+            folders = [source for source in flags.evaluate if pathlib.Path(source).is_dir()]
+            warn_of_other_images({source: runs[flags.evaluate.index(source)][0].images for source in folders}, val)
         out = flags.out or flags.evaluate[0]
         if flags.out:
             try:
@@ -394,7 +418,7 @@ def evaluate_runs(flags, device):
             recompute_bn(net, train_images, flags.recompute_bn, other, iteration, flags.workers, device, scale)
     precisions = {"precision": ", ".join(dict.fromkeys(other.precision for other, _, _, _ in runs))}
     protocols = flags.test or ["1-crop"]
-    errors = write_errors(out, protocols, test, len(val), about | precisions, write, papers)
+    errors = write_errors(out, protocols, test, val, about | precisions, write, papers)
     if flags.out:
         result = before | precisions | {"dataset": args.dataset, "diverged": False, **errors}
         result |= {"seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory(device)}

@@ -545,7 +545,8 @@ def test_listing_is_image_folders_without_hidden_files(tmp_path, capsys, monkeyp
         monkeypatch.setenv("RANK", rank)
         again = data.ImageFiles(tmp_path)
         assert again.names.tolist() == ours.names.tolist() and again.labels.tolist() == ours.labels.tolist()
-        said = f"{tmp_path}: 2 files are left out, as they are not named like pictures: {tmp_path}/b/a/y.gif, ...\n"
+        said = f"{tmp_path}: 2 files are left out, such as {tmp_path}/b/a/y.gif: the names of pictures end in .jpg, "
+        said += ".jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp\n"
         assert capsys.readouterr().err == (said if rank == "0" else "")
 
 
@@ -563,6 +564,8 @@ def test_files_and_folders_without_end(tmp_path):
     os.mkfifo(tmp_path / "a" / "1.jpg")
     with pytest.raises(ValueError, match="a/1.jpg cannot be read: it is no regular file"):
         data.make_batch(data.ImageFiles(tmp_path), None, None, [(1,)])
+    with pytest.raises(ValueError, match=r"it is a folder; name its files \(.*/a/\*\)"):
+        data.open_picture(tmp_path / "a")
     for link, target in (("a/up", ".."), ("b/self", "."), ("b/other", "../a")):
         os.symlink(target, tmp_path / link)
         if target != "../a":  # a link to elsewhere is followed
@@ -586,7 +589,7 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
     refused(
         f"{tmp_path}/val holds 2 pictures beside its folders",
         "such as ILSVRC2012_val_00000003.JPEG",
-        "docs/imagenet.md",
+        "docs/own-pictures.md; ImageNet's: docs/imagenet.md",
     )
     for path in (tmp_path / "val").glob("*.JPEG"):
         path.unlink()
@@ -594,9 +597,10 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
     touch(tmp_path, "val/n9/.0.JPEG", "val/n9/list.txt")
     refused(f"{tmp_path}/val/n9 holds no pictures", "remove it if it is not a class")
     touch(tmp_path, "val/n9/0.jpg")
-    refused(f"{tmp_path}: 1 classes are not in both train and val: n9 is only in val")
+    refused(f"{tmp_path}: 1 class is not in both train and val (only in val: n9)")
+    touch(tmp_path, *(f"train/m{c}/0.jpg" for c in range(6)))
     shutil.rmtree(tmp_path / "train" / "n0")
-    refused("2 classes", "n0 is only in val")
+    refused("8 classes are not in both train and val (only in train: m0, m1, m2, m3, m4, ...; only in val: n0, n9)")
     scan = os.scandir
 
     def closed(place):
@@ -611,7 +615,41 @@ def test_folders_that_are_not_imagenet(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     refused(f"{tmp_path}/train holds no folders")
     (tmp_path / "train").rmdir()
-    refused(f"there is no folder {tmp_path}/train", "--dataset synthetic")
+    refused(f"there is no folder {tmp_path}/train", "docs/own-pictures.md", "--dataset synthetic")
+
+
+def test_one_class_is_a_level_too_deep(tmp_path):
+    touch(tmp_path, *(f"{part}/pictures/{name}/0.jpg" for part in ("train", "val") for name in ("leaf", "root")))
+    with pytest.raises(ValueError, match="only one class, 'pictures': do your class folders lie one level too deep?"):
+        data.load_imagenet("imagenet", tmp_path)
+
+
+def test_pictures_in_train_and_val_are_warned_of(tmp_path, capsys):
+    """Those of one class, name and size; and of pictures that lie beside train and val."""
+    for path, content in (
+        ("train/a/1.jpg", b"one"),
+        ("train/a/deep/2.jpg", b"two"),
+        ("train/b/3.jpg", b"three"),
+        ("train/b/4.jpg", b"four"),
+        ("val/a/1.jpg", b"not one"),  # another picture of that name
+        ("val/a/2.jpg", b"two"),  # another place
+        ("val/b/1.jpg", b"one"),  # another class
+    ):
+        touch(tmp_path, path)
+        (tmp_path / path).write_bytes(content)
+    data.load_imagenet("imagenet", tmp_path)
+    assert capsys.readouterr().err == ""
+    for n, (copy, said) in enumerate((("a/deep/2.jpg", "1 picture is"), ("b/4.jpg", "2 pictures are"))):
+        touch(tmp_path, f"val/{copy}")
+        shutil.copy(tmp_path / "train" / copy, tmp_path / "val" / copy)
+        data.load_imagenet("imagenet", tmp_path)
+        first = f"{tmp_path}/val/a/deep/2.jpg: the error on them is too low\n"
+        assert capsys.readouterr().err == f"warning: {said} in both train and val, such as {first}", n
+    shutil.rmtree(tmp_path / "val/a/deep")
+    (tmp_path / "val/b/4.jpg").unlink()
+    touch(tmp_path, "5.PNG", "notes.txt")
+    data.load_imagenet("imagenet", tmp_path)
+    assert capsys.readouterr().err.startswith("warning: 1 picture is left out, such as 5.PNG")
 
 
 @pytest.mark.parametrize("ending", ("\n", "", "\r\n"))

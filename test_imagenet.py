@@ -3,6 +3,7 @@ equality over processes, interrupted runs, bad input. No test looks at a clock."
 
 import csv
 import functools
+import glob
 import json
 import os
 import pathlib
@@ -380,6 +381,8 @@ def test_stopped_anywhere_it_continues_to_the_same_bits(start, monkeypatch, narr
     monkeypatch.setattr(checkpoint.Stop, "check", stop)
     status, printed = start(*words, "--out", "parts")
     assert (status, not pathlib.Path("parts/result.json").exists()) == (143, True), printed
+    said = "SIGTERM: stopped; saved in parts; the same command continues it\n"
+    assert printed.endswith(said) and printed.count("saved") == 1
     assert start(*words, "--out", "parts", "--workers", 2)[0] == 0 and same("whole", "parts")
     assert len(calls) > at
 
@@ -512,7 +515,7 @@ BAD = [
     ("--evaluate a --workers -1", "--workers must be at least 0", ""),
     ("--images 20", "--images goes with --dataset synthetic", ""),
     ("--recompute-bn 64", "--recompute-bn goes with --evaluate", ""),
-    ("--micro-batch 48", "--micro-batch 48 does not divide --batch-size 256", ""),
+    ("--micro-batch 48", "--micro-batch 48 does not divide --batch-size 256: --micro-batch 32 would", ""),
     ("--crop 16", "--crop must be at least 32", ""),
     ("--crop 32 --batch-size 8", "--crop 32 ends in maps of one pixel", "--micro-batch"),
     ("--workers -1", "--workers must be at least 0", ""),
@@ -526,6 +529,26 @@ def test_bad_input(start, words, message, more):
     status, printed = start("--device", "cpu", *words.split())
     assert status == 2 and message in printed and more in printed and "Traceback" not in printed
     assert os.listdir() == []
+
+
+def test_evaluation_among_other_pictures(start, folders):
+    """The pictures that a run trains on are not those that it was trained on, or they are among those it is tested on;
+    of neither anything is said where they are as before, or absent."""
+    words = ["--data", folders, "--depth", 18, "--crop", 32, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1]
+    assert start(*words, "--device", "cpu", "--workers", 0, "--out", "run")[0] == 0
+    evaluation = ["--evaluate", "run", "--device", "cpu", "--workers", 0]
+    status, printed = start(*evaluation)
+    assert status == 0 and " % on 21 images of 7 classes\n" in printed and "warning" not in printed
+    shutil.move(folders / "train" / "n0" / "0.JPEG", folders / "val" / "n0" / "new.JPEG")
+    status, printed = start(*evaluation)
+    assert status == 0 and f"warning: run was trained on 21 images, and {folders}/train now holds 20. If" in printed
+    assert " % on 22 images of 7 classes\n" in printed and "in both" not in printed
+    shutil.copy(folders / "val" / "n0" / "new.JPEG", folders / "train" / "n0")
+    status, printed = start(*evaluation)
+    assert status == 0 and "was trained on" not in printed and "1 picture is in both train and val" in printed
+    shutil.rmtree(folders / "train")
+    status, printed = start(*evaluation)
+    assert status == 0 and "warning" not in printed
 
 
 def test_evaluation_of_what_does_not_fit(start, folders, tmp_path):
@@ -563,9 +586,13 @@ if __name__ == "__main__":
 # docs/own-pictures.md
 
 
-def test_the_recipe_for_own_pictures(start):
-    """As it stands there, but for epochs and crop: two classes, a picture on its side, from scratch and from a run."""
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "docs" / "own-pictures.md").read_text(), flags=re.DOTALL)
+def test_the_recipe_for_own_pictures(start, capsys):
+    """As it stands there, but for epochs and crop, and for the download: two classes, one in two folders, a picture on
+    its side, files that are none; from scratch and from torchvision's weights."""
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    page = (HERE / "docs" / "own-pictures.md").read_text()
+    split, scratch, begun = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     for seed, name in enumerate(("cat", "dog")):
         pathlib.Path("pictures", name).mkdir(parents=True)
         for i in range(1, 13):
@@ -575,20 +602,35 @@ def test_the_recipe_for_own_pictures(start):
     photograph(90, 70).save("pictures/cat/2.jpg", exif=exif)
     pathlib.Path("pictures/.hidden").write_text("")
     pathlib.Path("pictures/dog/.hidden").write_text("")
-    exec(blocks[0].partition("<<'END'\n")[2].partition("END\n")[0], {})
-    sizes = {Image.open(path).size: path.as_posix() for path in pathlib.Path("mine").rglob("*.jpg")}
-    assert sizes.pop((70, 90)) == "mine/train/cat/2.jpg" and list(sizes) == [(90, 70)]
-    assert [len([*pathlib.Path("mine", half).rglob("*.jpg")]) for half in ("train", "val")] == [19, 5]
-    lines = "".join(blocks[1:]).replace("FROM", "runs/mine").splitlines()
+    pathlib.Path("pictures/dog/clip.gif").write_text("")
+    pathlib.Path("pictures/cat/more").mkdir()
+    photograph(90, 70).save("pictures/cat/more/1.PNG")
+    split = split.partition("<<'END'\n")[2].partition("END\n")[0]
+    exec(split, {})
+    said = capsys.readouterr()
+    assert said.out == "cat: 11 to train on, 2 to validate\ndog: 10 to train on, 2 to validate\n"
+    assert "1 file is left out, such as pictures/dog/clip.gif" in said.err
+    found = {path.as_posix(): Image.open(path).size for path in pathlib.Path("mine").rglob("*.*")}
+    assert [path for path, size in found.items() if size == (70, 90)] == ["mine/val/cat/2.jpg"]
+    assert sorted(path for path in found if "/val/" in path) == [
+        *(f"mine/val/{name}.jpg" for name in ("cat/2", "cat/7", "dog/2", "dog/7")),
+    ]
+    assert len(found) == 25 and "mine/train/cat/more/1.PNG" in found
+    photograph(90, 70).save("pictures/cat/0.jpg")
+    with pytest.raises(SystemExit, match="mine exists"):  # the pictures after it would change sides
+        exec(split, {})
+    assert len([*pathlib.Path("mine").rglob("*.*")]) == 25
+    curl, *lines = [*begun.splitlines()[:1], *scratch.splitlines(), *begun.splitlines()[1:]]
+    assert curl == f"curl -O {ResNet18_Weights.DEFAULT.url}"
+    torch.save(resnet18(weights=None).state_dict(), curl.rpartition("/")[2])
     assert [line.split()[1] for line in lines] == ["imagenet_train.py", "predict.py"] * 2
     for line in lines:
-        words = [
-            *re.sub(r"--epochs \d+", "--epochs 1 --workers 0", line.replace("64", "32")).split()[2:],
-            "--device",
-            "cpu",
-        ]
-        status, printed = start(*words, script=imagenet_train if "--data" in words else predict)
+        line = re.sub(r"--epochs \d+", "--epochs 1 --workers 0", line.replace("--crop 64", "--crop 32"))
+        words = [path for word in line.split()[2:] for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+        status, printed = start(*words, "--device", "cpu", script=imagenet_train if "--data" in words else predict)
         assert status == 0, printed
         if "--data" not in words:
-            assert "pictures/dog/1.jpg" in printed and printed.count("%") == 4
+            assert "mine/val/cat/7.jpg" in printed and printed.count(" %  ") == 4
+        elif "--weights" in words:
+            assert "is replaced by a new, untrained one for 2" in printed
     assert json.loads(pathlib.Path("runs/mine-2/result.json").read_text())["iterations"] == 1

@@ -1,6 +1,7 @@
 """predict.py: the views and their average against the same by hand, EXIF, what is printed, pictures that are none."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ import models
 import predict
 import units
 import weights
+from conftest import HERE
 
 CLASSES = [f"kind {c}" for c in range(7)]
 
@@ -110,10 +112,25 @@ def test_bad_pictures_are_named_and_the_others_predicted(cifar_file, tmp_path, m
     status, out, errors = main(monkeypatch, capsys, cifar_file, *bad[:2], good, *bad[2:], "--json")
     assert status == 2 and len(errors) == 5
     assert all(error.startswith(f"{path} cannot be read: ") for path, error in zip(bad, errors, strict=True))
+    assert errors[3].endswith(f"it is a folder; name its files ({tmp_path}/*)")
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["picture"] for line in lines] == [str(path) for path in (*bad[:2], good, *bad[2:])]
     assert [len(line.get("classes", [])) for line in lines] == [0, 0, 5, 0, 0, 0]
     assert sum(p for _, p in lines[2]["classes"]) <= 1 and "problem" in lines[0]
+
+
+def test_the_lines_for_another_program(tmp_path, monkeypatch, capsys):
+    """As docs/weights.md has them."""
+    torch.manual_seed(2)
+    about = {"classes": CLASSES, "size": 32, "depth": 18, "unit": "basic", "unit_args": {"option": "B"}}
+    net, about = models.imagenet_resnet(18, units.Basic, 7).eval(), about | weights.grey_levels(data.MEAN, data.STD)
+    weights.save(net, about, tmp_path / "net.pth")
+    (expected,) = predict.predict(net, about, [picture(tmp_path / "cat.jpg", 60, 40)], "1-crop")
+    (lines,) = re.findall(r"```python\n(import sys.*?)```", (HERE / "docs/weights.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(lines.replace("REPOSITORY", str(HERE)).replace("FROM", "net.pth"), {})
+    assert capsys.readouterr().out == f"{expected['classes'][0]}\n" and str(HERE) in sys.path
 
 
 def test_names_that_are_not_text(cifar_file, tmp_path, monkeypatch, capsys):
@@ -127,6 +144,7 @@ def test_refusals(cifar_file, tmp_path, monkeypatch, capsys):
     for words, said in (
         ((cifar_file, good, "--test", "10-crop"), "10-crop is for ImageNet's nets"),
         ((tmp_path / "nothing", good), "there is no"),
+        ((good, cifar_file), "good.png looks like a picture: the run or the file of weights comes first"),
         ((cifar_file, good, "--layout", "msra"), "begins with conv1_w"),
     ):
         status, out, (error,) = main(monkeypatch, capsys, *words)

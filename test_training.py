@@ -7,6 +7,7 @@ import errno
 import fcntl
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -313,7 +314,8 @@ def test_a_run_and_its_folder(start, tmp_path):
     assert printed.startswith(
         "ResNet-8 (basic-preact, 75,290 parameters); synthetic: 40 training images of 10 classes; "
     )
-    assert "in a/run\nwarning: an epoch is 5 iterations" in printed and printed.count("warning: BN's statistics") == 1
+    few = "in a/run\nwarning: the 40 training images are fewer than 10 batches of 8. So few steps"
+    assert few in printed and printed.count("warning: BN's statistics") == 1
     assert printed.count(" of 64, training loss ") == 32
 
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -398,6 +400,11 @@ def test_rows_and_evaluations():
     rows, evaluations = training.rows_at(64_000, 64_000 * 128, 10_000)
     assert rows == evaluations == {*range(2000, 64_001, 2000)}
     assert training.rows_at(300, 300 * 128, 10_000) == ({*range(10, 301, 10)}, {300})
+    rows, _ = training.rows_at(141, 141 * 32, 100)  # not 140: the last row's means would be of one iteration
+    assert rows == {*range(5, 136, 5), 141} and training.rows_at(143, 143 * 32, 100)[0] == {*range(5, 141, 5), 143}
+    for iterations in range(1, 2100):
+        rows = [0, *sorted(training.rows_at(iterations, 1, 1)[0])]
+        assert 2 * (rows[-1] - rows[-2]) >= rows[1] and len({b - a for a, b in itertools.pairwise(rows[:-1])}) <= 1
     for iterations, trained, evaluated in ((1, 8, 40), (45, 360, 40), (450_000, 450_000 * 256, 50_000), (33, 33, 33)):
         rows, evaluations = training.rows_at(iterations, trained, evaluated)
         assert evaluations <= rows and iterations in evaluations and len(rows) in (1, 17, 23, 32)
@@ -455,7 +462,12 @@ BAD = [
     ("--unit basic-plain --unit-arg option=A", "basic-plain takes no arguments", ""),
     ("--unit basic --unit-arg option=D", "must be A, B or C", ""),
     ("--unit basic-exclusive-gating --unit-arg gate_bias=low", "gate_bias is a number", ""),
-    ("--batch-size 128 --micro-batch 48", "--micro-batch 48 does not divide --batch-size 128", ""),
+    (
+        "--batch-size 128 --micro-batch 48",
+        "--micro-batch 48 does not divide --batch-size 128: --micro-batch 32 would",
+        "",
+    ),
+    ("--batch-size 16 --micro-batch 32", "does not divide --batch-size 16: --micro-batch 16 would", ""),
     ("--batch-size 0", "--batch-size must be at least 1", ""),
     ("--iterations 0", "--iterations must be at least 1", ""),
     ("--iterations many", "--iterations", "invalid int"),

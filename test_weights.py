@@ -73,7 +73,7 @@ def main(monkeypatch, capsys, *words):
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_torchvision_there_and_back(depth, tmp_path, capsys):
+def test_torchvision_there_and_back(depth, tmp_path, monkeypatch, capsys):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, f"resnet{depth}")(weights=None)
     theirs = filled(theirs).to(memory_format=torch.channels_last)
@@ -85,7 +85,10 @@ def test_torchvision_there_and_back(depth, tmp_path, capsys):
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         assert torch.equal(net(images), theirs(images))
-    weights.save(net, about, tmp_path / "back.pth", to="torchvision")
+    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, (tmp_path / "theirs.pth", tmp_path / "back.pth"))])
+    sys.argv += ["--to", "torchvision"]
+    weights.main()
+    assert "1,000 classes" in (out := capsys.readouterr().out) and "; without their names" in out
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert all(torch.equal(t, back[name]) for name, t in theirs.state_dict().items() if "num_batches" not in name)
     with torch.device("meta"):
@@ -489,7 +492,8 @@ def test_imagenet_run_that_begins_with_another_fc(start, tmp_path):
     about = {"depth": 18, "unit": "basic", "unit_args": {"option": "B", "caffe_pool": True}, "classes": [*"xyz"]}
     weights.save(net, about | {"size": 224} | weights.grey_levels(*weights.LAYOUTS["msra"][1:]), tmp_path / "a.pth")
     status, printed = start(*IMAGENET, "--lr", "1e-30", "--weights", "a.pth", script=imagenet_train)
-    assert status == 0 and "a.pth has 3 classes: the fc for 10 begins anew" in printed
+    said = "a.pth has 3 classes: its last layer (fc) is replaced by a new, untrained one for 10\n"
+    assert status == 0 and said in printed
     after, about = weights.load("run")
     assert about["unit_args"] == {"option": "B", "caffe_pool": True} and about["size"] == 32
     assert torch.allclose(about["mean"].flatten(), torch.tensor([122.7717, 115.9465, 102.9801]))

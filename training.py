@@ -227,7 +227,8 @@ def rows_at(iterations, trained, evaluated):
     trained: images in all iterations. evaluated: images in one evaluation.
     """
     every = -(-iterations // 32)
-    rows = [*range(every, iterations, every), iterations]
+    most_but_one = iterations - (every + 1) // 2  # so that the last row's means are of half as many iterations or more
+    rows = [*range(every, most_but_one + 1, every), iterations]
     most = max(1, int(0.1 * 3 * trained / evaluated))
     return {*rows}, {*rows[:: -math.ceil(len(rows) / most)]}
 
@@ -316,24 +317,28 @@ class Training:
         self.compute = None  # with a living CUDA graph the group of processes could not be left
         self.diverged = kind is Diverged
         if isinstance(error, (checkpoint.Stopped, SystemExit)) and self.finite() and self.save():
-            if self.run.mine:
-                checkpoint.print_error(f"saved in {self.args.out}; the same command continues it")
+            saved = f"saved in {self.args.out}; the same command continues it"
+            if isinstance(error, checkpoint.Stopped):
+                error.state = saved  # `start` says it
+            elif self.run.mine:
+                checkpoint.print_error(saved)
         return self.diverged
 
     def introduce(self):
         """Print what is trained, on what and where, and warn of what seldom trains well."""
         args, count = self.args, sum(p.numel() for p in self.net.parameters())
-        name = getattr(args, "name", f"ResNet-{args.depth}")
+        name, classes = getattr(args, "name", f"ResNet-{args.depth}"), len(self.about["classes"])
         print_line(
-            f"{name} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training images "
-            f"of {len(self.about['classes'])} classes; {args.batch_size} images a step in {args.precision} on "
+            f"{name} ({args.unit}, {count:,} parameters); {args.dataset}: {self.images:,} training "
+            f"image{'s' * (self.images != 1)} of {classes} class{'es' * (classes != 1)}; "
+            f"{args.batch_size} image{'s' * (args.batch_size != 1)} a step in {args.precision} on "
             f"{self.device.type}; processes: {dist.get_world_size()}, threads: {torch.get_num_threads()}; in {args.out}"
             + (f", continuing at iteration {self.iteration:,} of {self.iterations:,}" if self.iteration else "")
         )
         if self.images < 10 * args.batch_size:
             print_line(
-                f"warning: an epoch is {max(1, round(self.images / args.batch_size))} iterations of {args.batch_size} "
-                "images. So few steps train badly: choose a smaller --batch-size, and a smaller --lr with it"
+                f"warning: the {self.images:,} training images are fewer than 10 batches of {args.batch_size}. So few "
+                "steps an epoch train badly: choose a smaller --batch-size, and a smaller --lr with it"
             )
         if len(self.running) and args.micro_batch < 16:
             print_line(
@@ -489,7 +494,7 @@ def start(work, args):
         return work(args, device)
     except checkpoint.Stopped as stopped:
         if dist.get_rank() == 0:
-            checkpoint.print_error(f"{stopped}: stopped; what has been saved stays")
+            checkpoint.print_error(f"{stopped}: stopped; {stopped.state}")
         return stopped.status
     except Exception as error:
         return status_of(error)

@@ -387,8 +387,10 @@ def main():
     except (ValueError, OSError) as error:
         checkpoint.fail(error)
     size = f"{pathlib.Path(args.target).stat().st_size:,} bytes"
+    classes = data.counted(len(about["classes"]), "class", "classes")
+    lost = "; without their names, mean, std and size, for which torchvision has no place: keep what it was made from"
     checkpoint.print_out(
-        f"{args.target}: {about['unit']}, {about['depth']} layers, {len(about['classes'])} classes, {size}"
+        f"{args.target}: {about['unit']}, {about['depth']} layers, {classes}, {size}{lost * (args.to == 'torchvision')}"
     )
 
 

@@ -121,7 +121,7 @@ def test_files_and_bad_depths(tmp_path, monkeypatch, capsys):
     assert [row["l"] for row in rows] == ["0", "1", "2", "3"] * len(propagation.NETS)
     assert all(float(row["gradient"]) == 1 for row in rows[3::4])
     monkeypatch.setattr(sys, "argv", ["propagation.py", "--depth", "9"])
-    assert propagation.main() == 2 and "near it 8 and 14" in capsys.readouterr().err
+    assert propagation.main() == 2 and "such as 8 and 14" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_of_the_committed_numbers():

@@ -388,8 +388,8 @@ def test_impossible_depths():
     for depth, unit, near in (
         (21, units.Basic, "20 and 26"),
         (100, units.Bottleneck, "92 and 101"),
-        (3, units.Basic, "near it 8"),
-        (-1, units.SinglePreAct, "near it 5"),
+        (3, units.Basic, "such as 8"),
+        (-1, units.SinglePreAct, "such as 5"),
     ):
         with pytest.raises(ValueError, match=near):
             models.cifar_resnet(depth, unit)

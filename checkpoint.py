@@ -439,7 +439,7 @@ def read_run(folder):
         raise ValueError(f"there is no run in {folder}: it has no config.json")
     flags, state = argparse.Namespace(**read_json(path)), load(folder)
     if state is None:
-        raise ValueError(f"{folder} holds no checkpoint")
+        raise ValueError(f"{folder} holds no checkpoint: it has to be trained here first (results/ is without weights)")
     return flags, state
 
 

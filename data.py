@@ -359,6 +359,9 @@ def decode(image, ratio):
         return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of PIL's mode {image.mode}, which has no fixed white")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # what is transparent is white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB")))  # of greyscale, a palette or CMYK too
 
 
@@ -653,6 +656,8 @@ def load_detection(dataset, root, train="07+12", limit=0):
         if (images.categories, images.classes) != (test.categories, test.classes):
             raise ValueError(f"{root / 'annotations'}: the categories of train{year} and val{year} differ")
         return images, test
+    if (root / "annotations").is_dir() and not (root / "Annotations").is_dir():
+        raise ValueError(f"{root / 'annotations'} is a folder in COCO's layout: add --dataset coco")
     if (root / "Annotations").is_dir():
         both = all((root / "ImageSets/Main" / f"{part}.txt").exists() for part in ("trainval", "test"))
         learn, test = [(root, "trainval" if both else "train")], (root, "test" if both else "val")
@@ -743,7 +748,7 @@ class COCOImages(ImageFiles):
             images = {int(image["id"]): image for image in content["images"]}
             if len({*names.values()}) < len(content["categories"]) or len(images) < len(content["images"]):
                 raise ValueError("two of its categories have the same id or name, or two of its images the same id")
-            found, annotations = {image: [] for image in [*images][: limit or None]}, []
+            found, annotations, empty, over = {image: [] for image in [*images][: limit or None]}, [], 0, 0
             for n, a in enumerate(content["annotations"], 1):
                 where = f"{path}, annotation {n}"
                 image, category, crowd = int(a["image_id"]), int(a["category_id"]), int(a.get("iscrowd") or 0)
@@ -756,6 +761,8 @@ class COCOImages(ImageFiles):
                     continue
                 width, height = int(images[image]["width"]), int(images[image]["height"])
                 box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+                empty += not (box[0] < box[2] and box[1] < box[3])
+                over += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
                 if box[0] < box[2] and box[1] < box[3] and not (train and crowd):
                     found[image].append((category, box, bool(crowd)))
                 if (
@@ -769,13 +776,22 @@ class COCOImages(ImageFiles):
                 raise ValueError("none of its images has an object")
             self.sizes = [(int(images[image]["width"]), int(images[image]["height"])) for image in found]
             files = [root / part / images[image]["file_name"] for image in found]
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}): name the folder that holds COCO with --data, and see "
+                "docs/detection.md for how it must lie there"
+            ) from None
         except KeyError as error:
             raise ValueError(f"{where} is not in COCO's format: there is no {error} in it") from None
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is not in COCO's format: {error}") from None
         for file in files:
             if not file.is_file():
                 raise ValueError(f"there is no image {file}, which {path} names")
+        if empty:
+            warn(f"{path}: boxes without a pixel inside their image: {empty}; they are not trained on")
+        if over > n / 10:
+            warn(f"{path}: boxes that reach over the border: {over} of {n}; a bbox is [x, y, width, height], in pixels")
         self.categories, self.classes, self.ids = sorted(names), [names[n] for n in sorted(names)], list(found)
         self.names, self.labels = np.array([os.fsencode(file) for file in files]), np.arange(len(files))
         self.objects = [as_objects(objects, self.categories) for objects in found.values()]

@@ -257,6 +257,8 @@ def load_vgg(path):
     net = detection.vgg16(weights=None, init_weights=False)
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}: docs/detection.md says where torchvision's vgg16 is to be had") from None
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is no file of torchvision's vgg16: {str(error).partition(':')[0]}") from None
     return net, weights.grey_levels(data.MEAN, data.STD)
@@ -362,8 +364,8 @@ def parse_flags():
     group.add_argument(
         "--test",
         metavar="TEST[,...]",
-        help="test the trained net also with refine (boxes refined and voted on) or multi-scale (that, on maps of two "
-        "scales for each region), Table 9; with --evaluate instead of baseline",
+        help="at the end, also test with refine (boxes refined and voted on) or multi-scale (that, each region on the "
+        "two fitting maps of five), Table 9; with --evaluate, the tests to make (default baseline)",
     )
     group.add_argument("--draw", type=int, default=4, metavar="N", help="test images with what was found (default 4)")
     group.add_argument("--evaluate", metavar="RUN", help="print the mAP of a run's checkpoint; trains nothing")

@@ -543,7 +543,8 @@ def draw_run(folder):
         axes.set(ylabel=label, **({"yscale": "log"} if label == "loss" else {"ylim": (0, None)}))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[-1, 0].set(xlabel="iterations")
-    grid[0, 0].set_title(os.fsencode(folder.resolve().name).decode("utf-8", "replace"), fontsize=10, parse_math=False)
+    name = os.fsencode("/".join(folder.resolve().parts[-2:])).decode("utf-8", "replace")
+    grid[0, 0].set_title(name, fontsize=10, parse_math=False)
     with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.02, not 2 x 10^-2
         save(figure, folder / "curve", "png")
     return folder / "curve.png"
@@ -626,7 +627,7 @@ def main():
         except Exception as error:  # a folder may hold anything
             problem = f"{type(error).__name__}: {error}"
             if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                problem = "it has no log.csv: a run writes one at its first evaluation, and an average of nets has none"
+                problem = "it has no log.csv: a run writes its first row after about a thirtieth of its iterations"
             print(f"report.py: {folder}: {problem}", file=sys.stderr)
             return 2
     if not args.runs:

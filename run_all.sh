@@ -131,15 +131,15 @@ rows="
 2-section5                           -          1      imagenet/101-conv-shortcut               --depth 101 --unit bottleneck-conv-shortcut
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
 
-# VGG-16's weights are torchvision's: download.pytorch.org/models/vgg16-397923af.pth
+# The weights that detectors begin from: see docs/detection.md
 # [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), which should be high
 1-table7                             73.2       1      voc/vgg16                                --vgg --weights vgg16-397923af.pth
-1-table7                             76.4       1      voc/101                                  --weights imagenet/101/seed1
+1-table7                             76.4       1      voc/101                                  --weights R-101.pkl
 
-# [1] Tables 8 and 9: detection, COCO 2014 val, trained on train: mAP@.5 and mAP@[.5,.95] in %, with context those with refine
+# [1] Tables 8 and 9: detection, COCO 2014 val, trained on train: mAP@.5 and mAP@[.5,.95] in %, with context by the test refine
 1-table8,1-table9                    41.5,21.2  1      coco/vgg16                               --dataset coco --vgg --weights vgg16-397923af.pth
-1-table8,1-table9                    48.4,27.2  1      coco/101                                 --dataset coco --weights imagenet/101/seed1 --test refine
-1-table9                             51.1,30.0  1      coco/101-context                         --dataset coco --weights imagenet/101/seed1 --context --test refine,multi-scale
+1-table8,1-table9                    48.4,27.2  1      coco/101                                 --dataset coco --weights R-101.pkl --test refine
+1-table9                             51.1,30.0  1      coco/101-context                         --dataset coco --weights R-101.pkl --context --test refine,multi-scale
 
 # Open choices: what the papers do not say, done the other way (ResNet-110)
 open                                 8.70       5      cifar10/110-exclusive-gating-6-gate-bn   --depth 110 --unit basic-exclusive-gating --unit-arg gate_bias=-6 --unit-arg gate_bn=true
@@ -313,11 +313,11 @@ if [ -n "${LIST:-}" ]; then
     # What was measured (results/costs.csv): CPU seconds an image and peak memory on one thread of an AMD EPYC, in the
     # second of two iterations of one micro-batch; for ImageNet of 4 images, without memory. Evaluations are not counted.
     costs=$'\n'$(awk -F, 'NR > 1 {
-        h = $2 * $3 / 7200
-        printf "%s about %.*f h%s\n", $1, h < 1 ? 2 : h < 10, h, $4 ? sprintf(", %.1f GB", $4 / 1e9) : ""
+        h = $2 * $3 / 3600
+        printf "%s about %.*f CPU-hours%s\n", $1, h < 1 ? 2 : h < 10, h, $4 ? sprintf(", %.1f GB", $4 / 1e9) : ""
     }' results/costs.csv)$'\n'
-    echo "# name, the paper's number (in the first of the row's tables), command # the row's tables; what a run costs: hours on 2"
-    echo "# CPU cores that two runs share (JOBS=2), and peak memory; done. SEEDS=1 lists one run of each row"
+    echo "# name, the paper's number in the first of the row's tables, the command # the tables; what a run costs on a CPU, in"
+    echo "# hours of one core, and memory; done. SEEDS=1 lists the runs of seed 1 alone"
     for r in $(printf '%s\n' "${order[@]}" | sort -n); do
         command_of "$r"
         [ "${headings[r]}" = "$heading" ] || printf '\n%s (%s)\n' "${headings[r]}" "${tags%%,*}"
@@ -363,7 +363,8 @@ run() { # a run, as a child of its own, on the GPU of a slot; a line in $failed 
     [[ ${#gpus[@]} = 0 || (-n ${LAUNCH:-} && $name = @(imagenet|voc|coco)/*) ]] ||
         export CUDA_VISIBLE_DEVICES=${gpus[((i - 1) * jobs + $2) % ${#gpus[@]}]}
     if [ -z "$smoke" ]; then
-        echo "$name (the paper: $paper): $(quoted "${command[@]}")"
+        [ "$paper" = - ] || paper=" (the paper: $paper)"
+        echo "$name${paper#-}: $(quoted "${command[@]}")"
         "${command[@]}" &
     else
         "${command[@]}" >"$log" 2>&1 &

@@ -456,19 +456,26 @@ def test_synthetic_images_are_learnable_and_the_same_at_every_call():
 
 
 def test_pictures_of_many_kinds_are_read(tmp_path):
-    """As PIL converts them, but with 16 bits scaled to 8; of an animation the first frame; EXIF turns nothing."""
+    """As PIL converts them, but with 16 bits scaled to 8, and white where they are transparent; of an animation the
+    first frame; EXIF turns nothing."""
     image = photograph(40, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     sixteen = np.array(image.convert("L")).astype(np.uint16) * 257
     frames = {"save_all": True, "append_images": [photograph(40, 30, 1)]}
+    half, hidden = Image.new("L", (40, 30), 0), image.convert("RGBA")
+    half.paste(255, (0, 0, 20, 30))
+    hidden.putalpha(half)
+    palette = image.convert("P")
+    paper = np.where(np.array(palette)[..., None] == 3, 255, np.array(palette.convert("RGB")))
     kinds = {
         "16-bit.png": (Image.fromarray(sixteen), {}, np.array(image.convert("L").convert("RGB"))),
         "16-bit.tif": (Image.fromarray(sixteen.astype(">u2")), {}, np.array(image.convert("L").convert("RGB"))),
         "palette.png": (image.convert("P"), {}, None),
-        "transparent.png": (image.convert("P"), {"transparency": 3}, None),
+        "transparent.png": (image.convert("P"), {"transparency": 3}, paper),
         "two-colours.png": (image.convert("1"), {}, None),
         "alpha.png": (image.convert("RGBA"), {}, None),
+        "hidden.png": (hidden, {}, np.array(Image.composite(image, Image.new("RGB", (40, 30), "white"), half))),
         "grey-alpha.png": (image.convert("LA"), {}, None),
         "cmyk.tif": (image.convert("CMYK"), {}, None),
         "animated.png": (image, frames, np.array(image)),

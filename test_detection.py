@@ -207,7 +207,7 @@ COCO_OBJECTS = [
 ]
 
 
-def test_cocos_objects(tmp_path):
+def test_cocos_objects(tmp_path, capsys):
     """Ids with gaps become 1, 2, ...; crowds and empty boxes are not trained on, nor images without any other object;
     but pycocotools is told of all."""
     for part in ("train2014", "val2014"):
@@ -222,11 +222,16 @@ def test_cocos_objects(tmp_path):
     told = [(a["image_id"], a["category_id"], a["iscrowd"], a["bbox"]) for a in test.truth["annotations"]]
     assert told == [(image, category, more.get("iscrowd", 0), box) for image, category, box, more in COCO_OBJECTS]
     assert [image["id"] for image in test.truth["images"]] == [7, 30, 4]
+    said = capsys.readouterr().err
+    assert said.count("train2014.json: boxes without a pixel inside their image: 1; they are not trained on") == 1
+    assert "boxes that reach over the border: 1 of 5; a bbox is [x, y, width, height]" in said
     limited = data.load_detection("coco", tmp_path, "2014", limit=1)[1]
     assert limited.ids == [7] and len(limited.truth["annotations"]) == 4
     for part in ("train", "val"):  # a folder of one's own has no year
         write_coco(tmp_path, part, {5: (9, 9)}, [(5, 1, [0, 0, 9, 9], {})])
     assert data.load_detection("coco", tmp_path, "2014")[1].ids == [5]
+    with pytest.raises(ValueError, match="is a folder in COCO's layout: add --dataset coco"):
+        data.load_detection("voc", tmp_path)
 
 
 CAT = (1, "cat")
@@ -261,7 +266,9 @@ def test_a_folder_that_is_not_in_cocos_layout(tmp_path, monkeypatch):
             data.load_detection("coco", tmp_path, "2014")
         return str(problem.value)
 
-    assert "No such file" in problem() and "annotations/instances_train2014.json" in problem()
+    assert (
+        "annotations/instances_train2014.json cannot be read (No such file or directory): name the folder" in problem()
+    )
     path = write_coco(tmp_path, "train", COCO, COCO_OBJECTS)
     whole = path.read_bytes()
     for content in (whole[:-9], b"[" * 10**5, b"[]", b"\xff"):
@@ -1268,7 +1275,7 @@ BAD = [
     ("--width 0", "--width must be at least 1"),
     ("--width 16 --weights x", "--width goes without --weights"),
     ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
-    ("--vgg --weights nowhere.pth", "nowhere.pth is no file of torchvision's vgg16"),
+    ("--vgg --weights nowhere.pth", "there is no nowhere.pth: docs/detection.md says"),
     ("--compile", "--compile: images have many sizes"),
     ("--weights nowhere.pth --dataset synthetic --images 1", "nowhere.pth: weights come from"),
     ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),

@@ -326,7 +326,7 @@ def test_curve_png(results, monkeypatch, capsys):
     for run in (str(folder), "nowhere", __file__):
         monkeypatch.setattr(sys, "argv", ["report.py", run])
         assert report.main() == 2
-        assert capsys.readouterr().err.startswith(f"report.py: {run}: it has no log.csv: a run writes one")
+        assert capsys.readouterr().err.startswith(f"report.py: {run}: it has no log.csv: a run writes its first row")
 
 
 def test_results_that_cannot_be_written(results, monkeypatch, capsys):

@@ -159,7 +159,7 @@ def test_every_detection_row_is_a_command_that_parses(parse):
         args = parse(detection_train, command[1:])
         assert args.out == f"results/{name}" and args.vgg == ("vgg" in name) and args.context == ("context" in name)
         assert (args.dataset, args.train) == (name[: name.index("/")], "2014" if "coco" in name else "07+12")
-        assert args.weights == ("vgg16-397923af.pth" if args.vgg else "results/imagenet/101/seed1")
+        assert args.weights == ("vgg16-397923af.pth" if args.vgg else "R-101.pkl")
 
 
 def test_rows_of_the_tables():
@@ -234,15 +234,15 @@ def test_the_list_has_headings_tags_costs_and_done_marks():
     lines = listing("1-table6", "short", "imagenet/50", "imagenet/ensemble", SEEDS="1 9")
     headings = [line for line in lines if line.startswith("# [")]
     assert headings[:2] == ["# [2] Table 1: shortcuts, ResNet-110 (2-table1)", "# [1] Table 6: CIFAR-10 (1-table6)"]
-    assert "(in the first of the row's tables)" in lines[0] and "SEEDS=1 lists one run of each row" in lines[1]
+    assert "number in the first of the row's tables" in lines[0] and "SEEDS=1 lists the runs of seed 1" in lines[1]
     runs = {line.split()[0]: line for line in lines if line and not line.startswith("#")}
     command = "python cifar_train.py --depth 20 --unit basic --warmup 0 --seed 1 --out results/cifar10/20/seed1"
     words = shlex.split(runs["cifar10/20/seed1"], comments=True)
     assert words == ["cifar10/20/seed1", "8.75", *command.split()]
-    assert re.search(r"  # 2-table1,2-table2,.*; about \d+ h, 1\.9 GB$", runs["cifar10/110/seed9"])
+    assert re.search(r"  # 2-table1,2-table2,.*; about \d+ CPU-hours, 1\.9 GB$", runs["cifar10/110/seed9"])
     assert runs["short/38/seed1"].endswith("; done") and "done" not in runs["short/38/seed9"]
-    assert re.search(r"  # short; about 0\.\d\d h, [\d.]+ GB$", runs["short/38/seed9"])
-    assert re.search(r"about \d{4} h$", runs["imagenet/50/seed1"]) and runs["imagenet/ensemble/seed1"].endswith(
+    assert re.search(r"  # short; about 0\.\d\d CPU-hours, [\d.]+ GB$", runs["short/38/seed9"])
+    assert re.search(r"about \d{4} CPU-hours$", runs["imagenet/50/seed1"]) and runs["imagenet/ensemble/seed1"].endswith(
         "# 1-table5"
     )
     order = list(runs)

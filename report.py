@@ -567,6 +567,12 @@ def with_headline(text, rows):
         lines = markdown("| the papers' nets, full schedule | paper | ours |", nets.values())
     lines += ["", "All units [in an evening on a laptop](results/README.md#the-short-schedule):", short_note(rows), ""]
     lines.append("![test error of each unit](results/short.svg)")
+    if differences := short_differences(rows, "short-depth"):
+        lines += [
+            "",
+            "Depth [on the same schedule](results/README.md#degradation-in-miniature-1-figs-1-and-6):",
+            *differences,
+        ]
     before, _, rest = text.partition(START)
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 

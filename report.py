@@ -1,7 +1,8 @@
 """The papers' tables and figures, their numbers beside ours, from the run folders under results/.
 
     python report.py                        # results/README.md, its figures, and the results in README.md
-    python report.py RUN [RUN ...]          # the curve of any run, finished or not: curve.png in its folder
+    python report.py RUN                    # the curve of any run, finished or not: curve.png in its folder
+    python report.py RUN RUN ...            # the curves of several in one picture: curves.png in the current folder
 
 A table shows the finished runs that count, by the rules of docs/imagenet.md ("Which runs count"), as `objection` has
 them. Nothing is measured here.
@@ -526,28 +527,36 @@ def draw_short_1001(curves, rows):
     save(figure, RESULTS / "short-1001", "svg", "png")
 
 
-def draw_run(folder):
-    """curve.png in a run's folder, finished or not: the errors in %, top-5 error apart, and the training loss."""
-    run = {"log": read_log(folder)}
+def draw_runs(folders):
+    """The errors in %, top-5 error apart, and the training loss of runs, finished or not. Of one it is curve.png in its
+    folder; of several curves.png in the current folder, with a colour for each run. Returns the path."""
+    names = [os.fsencode("/".join(folder.resolve().parts[-2:])).decode("utf-8", "replace") for folder in folders]
+    runs = [{"log": read_log(folder)} for folder in folders]
     error = {"train_error": ("training", "C7"), "test_error": ("test", "C0"), "val_error": ("validation", "C1")}
     panels = {"error, %": error | {"val_top1": ("validation, top-1", "C0")}}
     coco = {"map_50": ("test, @.5", "C0"), "map_50_95": ("test, @[.5,.95]", "C1")}
     panels |= {"mAP, %": {"map_11point": ("test, 11-point", "C0"), "map_area": ("test, area", "C1")} | coco}
     panels |= {"top-5 error, %": {"val_top5": ("validation, top-5", "C2")}, "loss": {"train_loss": ("training", "C7")}}
-    panels = {label: lines for label, lines in panels.items() if any(points(run, quantity) for quantity in lines)}
+    panels = {label: lines for label, lines in panels.items() if any(points(run, q) for run in runs for q in lines)}
     figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + 2.4 * len(panels)), sharex=True, squeeze=False)
     for axes, (label, lines) in zip(grid.flat, panels.items(), strict=True):
-        for quantity, (name, color) in lines.items():
-            if curve := points(run, quantity):
-                plot(axes, curve, color=color, label=name, marker=".", linestyle="--" if name == "training" else "-")
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            for quantity, (kind, color) in lines.items():
+                if curve := points(run, quantity):
+                    style = {"linestyle": "--" if kind == "training" else "-", "marker": "."}
+                    style |= (
+                        {"color": f"C{i}", "label": f"{name}, {kind}"} if runs[1:] else {"color": color, "label": kind}
+                    )
+                    plot(axes, curve, **style)
         axes.set(ylabel=label, **({"yscale": "log"} if label == "loss" else {"ylim": (0, None)}))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[-1, 0].set(xlabel="iterations")
-    name = os.fsencode("/".join(folder.resolve().parts[-2:])).decode("utf-8", "replace")
-    grid[0, 0].set_title(name, fontsize=10, parse_math=False)
+    if not runs[1:]:
+        grid[0, 0].set_title(names[0], fontsize=10, parse_math=False)
+    path = pathlib.Path("curves") if runs[1:] else folders[0] / "curve"
     with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.02, not 2 x 10^-2
-        save(figure, folder / "curve", "png")
-    return folder / "curve.png"
+        save(figure, path, "png")
+    return path.with_suffix(".png")
 
 
 # The pages
@@ -628,13 +637,15 @@ def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be text
     for folder in args.runs:
+        if not (folder / "log.csv").exists():
+            problem = "it has no log.csv: a run writes its first row after about a thirtieth of its iterations"
+            print(f"report.py: {folder}: {problem if folder.is_dir() else 'there is no such folder'}", file=sys.stderr)
+            return 2
+    if args.runs:
         try:
-            print(draw_run(folder))
+            print(draw_runs(args.runs))
         except Exception as error:  # a folder may hold anything
-            problem = f"{type(error).__name__}: {error}"
-            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                problem = "it has no log.csv: a run writes its first row after about a thirtieth of its iterations"
-            print(f"report.py: {folder}: {problem}", file=sys.stderr)
+            print(f"report.py: {' '.join(map(str, args.runs))}: {type(error).__name__}: {error}", file=sys.stderr)
             return 2
     if not args.runs:
         try:

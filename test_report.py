@@ -286,7 +286,7 @@ def curve(folder, monkeypatch, log=LOG):
     (folder / "log.csv").write_text(log)
     figures = []
     monkeypatch.setattr(report, "save", lambda figure, path, suffix: figures.append(figure))
-    assert report.draw_run(folder) == folder / "curve.png"
+    assert report.draw_runs([folder]) == folder / "curve.png"
     axes = figures[0].axes
     report.plt.close(figures[0])
     return {a.get_ylabel(): {line.get_label(): line.get_xydata().tolist() for line in a.lines} for a in axes}, axes
@@ -324,10 +324,43 @@ def test_curve_png(results, monkeypatch, capsys):
     assert report.main() == 0 and (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"{folder / 'curve.png'}\n"
     (folder / "log.csv").unlink()  # as in the folder of an average
-    for run in (str(folder), "nowhere", __file__):
+    for run, problem in (
+        (str(folder), "it has no log.csv"),
+        ("nowhere", "there is no such folder"),
+        (__file__, "there is"),
+    ):
         monkeypatch.setattr(sys, "argv", ["report.py", run])
         assert report.main() == 2
-        assert capsys.readouterr().err.startswith(f"report.py: {run}: it has no log.csv: a run writes its first row")
+        assert capsys.readouterr().err.startswith(f"report.py: {run}: {problem}")
+
+
+def test_curves_of_several_runs(tmp_path, monkeypatch):
+    """In one picture, each in a colour of its own; a run of another kind has a panel of its own."""
+    figures, logs = (
+        [],
+        (
+            LOG,
+            LOG,
+            LOG.replace("test_error", "map_50,map_50_95").replace("0.0,,0", "0.0,,,0").replace("55.0", "55.0,9"),
+        ),
+    )
+    for name, log in zip("abc", logs, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(log)
+    monkeypatch.setattr(report, "save", lambda figure, path, suffix: figures.append(figure))
+    assert report.draw_runs([tmp_path / name for name in "abc"]) == pathlib.Path("curves.png")
+    above, boxes, loss = figures[0].axes
+    assert [line.get_label().partition("/")[2] for line in above.lines] == [
+        "a, training",
+        "a, test",
+        "b, training",
+        "b, test",
+        "c, training",
+    ]
+    colours = [line.get_color() for line in above.lines]
+    assert colours == ["C0", "C0", "C1", "C1", "C2"] and len(loss.lines) == 3
+    assert [line.get_label().partition("/")[2] for line in boxes.lines] == ["c, test, @.5", "c, test, @[.5,.95]"]
+    report.plt.close(figures[0])
 
 
 def test_results_that_cannot_be_written(results, monkeypatch, capsys):

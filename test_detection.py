@@ -954,6 +954,7 @@ def test_cocos_map_is_pycocotools(tmp_path):
             x, y, w, h = rng.uniform((0, 0, 8, 8), (120, 90, 80, 60)).tolist()
             more = {"iscrowd": int(rng.random() < 0.3), "area": 0.7 * w * h}
             annotations.append((number, int(rng.choice([1, 13])), [x, y, w, h], more))
+    annotations.append((9, 90, [10, 10, 60, 60], CROWD))
     path = write_coco(tmp_path, "val", sizes, annotations)
     images, found = data.COCOImages(tmp_path, "val", False, 0), []
     for number in images.ids:
@@ -969,7 +970,7 @@ def test_cocos_map_is_pycocotools(tmp_path):
     aps, maps = detection.coco_map(found, images)
     strict, loose = by_hand(path, tmp_path / "found.json")
     assert maps == {"map_50": pytest.approx(loose, abs=1e-12), "map_50_95": pytest.approx(strict, abs=1e-12)}
-    assert 20 < strict < loose < 99 and [*aps] == ["person", "stop sign"]  # none is a toothbrush
+    assert 20 < strict < loose < 99 and [*aps] == ["person", "stop sign"]  # no toothbrush but a crowd
     content = json.loads(path.read_text())
     for a in content["annotations"]:
         a["id"] -= 1  # some sets count from 0, which pycocotools takes for none

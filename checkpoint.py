@@ -472,11 +472,12 @@ def environment(config):
         return done.stdout.strip() if done.returncode == 0 else None
 
     cuda = torch.cuda.is_available() and config.get("device") != "cpu"
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # pages and results may change
+    ours = git("ls-files", "--error-unmatch", "checkpoint.py") is not None  # and not another clone that this lies in
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py") if ours else None  # pages may change
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") if ours else None,
         "modified": None if changes is None else changes != "",
         "python": platform.python_version(),
         "torch": torch.__version__,

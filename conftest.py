@@ -109,8 +109,10 @@ def fork(*words, target=be, printed=None, **variables):
     server.set_forkserver_preload(PRELOAD)
     place = os.getcwd()
     os.chdir(HERE)  # where that process, if it is the first, finds this file
-    multiprocessing.forkserver.ensure_running()
-    os.chdir(place)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(place)
     process = server.Process(target=target, args=(list(map(str, words)), printed, variables))
     process.start()
     return process

@@ -3,6 +3,7 @@ test views; and a synthetic stand-in for each data set."""
 
 import contextlib
 import fcntl
+import filecmp
 import functools
 import hashlib
 import importlib.util
@@ -209,11 +210,18 @@ def load_imagenet(dataset, root, limit=0):
 
 
 def warn_of_copies(train, val):
-    """Warn of validation pictures with the class, the name within it and the size in bytes of a training picture."""
+    """Warn of validation pictures with the class, the name within it and the content of a training picture."""
+
+    def same(a, b):
+        try:
+            return filecmp.cmp(a, b, shallow=False)  # reads only where the sizes agree
+        except OSError:
+            return False
+
     starts = [len(os.fsencode(images.folder)) for images in (train, val)]
     places = {name[starts[1] :]: name for name in val.names.tolist()}
     pairs = [(name, places[name[starts[0] :]]) for name in train.names.tolist() if name[starts[0] :] in places]
-    copies = [os.fsdecode(b) for a, b in pairs if os.path.getsize(a) == os.path.getsize(b)]
+    copies = [os.fsdecode(b) for a, b in pairs if same(a, b)]
     if copies:
         are = counted(len(copies), "picture is", "pictures are")
         warn(f"warning: {are} in both train and val, such as {copies[0]}: the error on them is too low")
@@ -765,9 +773,8 @@ class COCOImages(ImageFiles):
                 over += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
                 if box[0] < box[2] and box[1] < box[3] and not (train and crowd):
                     found[image].append((category, box, bool(crowd)))
-                if (
-                    not train
-                ):  # counted from 1, as pycocotools takes the id 0 for no object; the area, of no account here
+                # Counted from 1, as pycocotools takes the id 0 for no object; it is told to look at no area
+                if not train:
                     place = {"id": n, "image_id": image, "category_id": category, "bbox": [x, y, w, h]}
                     annotations.append(place | {"iscrowd": crowd, "area": 0})
             where = path
@@ -789,7 +796,7 @@ class COCOImages(ImageFiles):
             if not file.is_file():
                 raise ValueError(f"there is no image {file}, which {path} names")
         if empty:
-            warn(f"{path}: boxes without a pixel inside their image: {empty}; they are not trained on")
+            warn(f"{path}: boxes without a pixel inside their image: {empty}{'; they are not trained on' * train}")
         if over > n / 10:
             warn(f"{path}: boxes that reach over the border: {over} of {n}; a bbox is [x, y, width, height], in pixels")
         self.categories, self.classes, self.ids = sorted(names), [names[n] for n in sorted(names)], list(found)

@@ -383,9 +383,10 @@ def evaluate_runs(flags, device):
             check_classes(source, about["classes"], val)
             net.to(device, memory_format=torch.channels_last)
             nets.append((net, Precision(other.precision, device), scale_of(about, device)))
-        if args.dataset == "imagenet":
-            folders = [source for source in flags.evaluate if pathlib.Path(source).is_dir()]
-            warn_of_other_images({source: runs[flags.evaluate.index(source)][0].images for source in folders}, val)
+        pairs = zip(flags.evaluate, runs, strict=True)
+        trained = {source: run[0].images for source, run in pairs if pathlib.Path(source).is_dir()}
+        if args.dataset == "imagenet" and trained and dist.get_rank() == 0:
+            warn_of_other_images(trained, val)
         out = flags.out or flags.evaluate[0]
         if flags.out:
             try:

@@ -82,7 +82,11 @@ def read_run(folder):
         run = json.loads((folder / "result.json").read_text("utf-8"))
         average = "runs" in run  # of several nets: it has no log, and evaluations are its only values
         values = {metric: run[name] for name, metric in METRICS.items() if name in run}
-        if run["precision"] not in PRECISIONS or "dataset" not in run or (len(values) < 2 and not average):
+        if (
+            not {*run["precision"].split(", ")} <= {*PRECISIONS}
+            or "dataset" not in run
+            or (len(values) < 2 and not average)
+        ):
             raise ValueError("result.json lacks a known precision, the data set, an error or the training loss")
         run["config"] = {} if average else json.loads((folder / "config.json").read_text("utf-8"))
         others = {folder / "result.json", folder / "config.json", *folder.glob("detections-*.json")}
@@ -111,7 +115,7 @@ def read_run(folder):
 @functools.cache
 def commands():
     """{a row's name: the words of its first seed's command}, as LIST=1 prints them."""
-    variables = {"PATH": os.environ["PATH"], "LIST": "1", "SEEDS": "1"}
+    variables = {"PATH": os.environ.get("PATH", os.defpath), "LIST": "1", "SEEDS": "1"}
     script = ["bash", HERE / "run_all.sh"]
     listed = subprocess.run(script, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout
     lines = [shlex.split(line, comments=True) for line in listed.splitlines()]
@@ -137,8 +141,10 @@ def objection(run):
     if name not in commands() or not seed.isdecimal():
         return "its folder is no row's"
     flags, (images, evaluated) = flags_of(commands()[name]), IMAGES.get(name.split("/")[0], (0, None))
+    if "," in run["precision"]:
+        return f"its nets are of several precisions ({run['precision']})"
     if "runs" in run:
-        if run["runs"] != flags["--evaluate"] or run["recompute_bn"]:
+        if run["runs"] != flags.get("--evaluate") or run["recompute_bn"]:
             return "it is not the average that its row's command makes"
         for net, iterations in zip(run["runs"], run["iterations"], strict=True):
             try:
@@ -156,7 +162,7 @@ def objection(run):
         if differing:
             return f"its command is not its row's, as LIST=1 prints it (differing: {', '.join(differing)})"
         if environment.get("modified") is not False:
-            return "its code had been changed, or was no git clone"
+            return "its config.json does not say that its code was a git clone's, and unchanged"
         if run["config"].get("images", 0) != images:
             return f"it was trained on {run['config'].get('images')} images, not on the whole data set's {images}"
     for test, number in run["evaluated"].items():
@@ -527,26 +533,26 @@ def draw_short_1001(curves, rows):
     save(figure, RESULTS / "short-1001", "svg", "png")
 
 
-def draw_runs(folders):
+def draw_runs(folders, logs):
     """The errors in %, top-5 error apart, and the training loss of runs, finished or not. Of one it is curve.png in its
     folder; of several curves.png in the current folder, with a colour for each run. Returns the path."""
     names = [os.fsencode("/".join(folder.resolve().parts[-2:])).decode("utf-8", "replace") for folder in folders]
-    runs = [{"log": read_log(folder)} for folder in folders]
+    runs = [{"log": log} for log in logs]
     error = {"train_error": ("training", "C7"), "test_error": ("test", "C0"), "val_error": ("validation", "C1")}
     panels = {"error, %": error | {"val_top1": ("validation, top-1", "C0")}}
     coco = {"map_50": ("test, @.5", "C0"), "map_50_95": ("test, @[.5,.95]", "C1")}
     panels |= {"mAP, %": {"map_11point": ("test, 11-point", "C0"), "map_area": ("test, area", "C1")} | coco}
     panels |= {"top-5 error, %": {"val_top5": ("validation, top-5", "C2")}, "loss": {"train_loss": ("training", "C7")}}
     panels = {label: lines for label, lines in panels.items() if any(points(run, q) for run in runs for q in lines)}
-    figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + 2.4 * len(panels)), sharex=True, squeeze=False)
+    height = max(2.4, 0.4 * len(runs))
+    figure, grid = plt.subplots(len(panels), figsize=(7.5, 1 + height * len(panels)), sharex=True, squeeze=False)
     for axes, (label, lines) in zip(grid.flat, panels.items(), strict=True):
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             for quantity, (kind, color) in lines.items():
                 if curve := points(run, quantity):
-                    style = {"linestyle": "--" if kind == "training" else "-", "marker": "."}
-                    style |= (
-                        {"color": f"C{i}", "label": f"{name}, {kind}"} if runs[1:] else {"color": color, "label": kind}
-                    )
+                    line = "--" if kind == "training" else ":" if runs[1:] and color == "C1" else "-"
+                    style = {"color": plt.cm.turbo((i + 0.5) / len(runs)) if runs[1:] else color, "linestyle": line}
+                    style |= {"label": f"{name}, {kind}" if runs[1:] else kind, "marker": "."}
                     plot(axes, curve, **style)
         axes.set(ylabel=label, **({"yscale": "log"} if label == "loss" else {"ylim": (0, None)}))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -636,23 +642,23 @@ def main():
     args = parser.parse_args()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be text
+    logs = []
     for folder in args.runs:
-        if not (folder / "log.csv").exists():
-            problem = "it has no log.csv: a run writes its first row after about a thirtieth of its iterations"
-            print(f"report.py: {folder}: {problem if folder.is_dir() else 'there is no such folder'}", file=sys.stderr)
-            return 2
-    if args.runs:
+        problem = "it has no log.csv: a run writes its first row after a thirtieth of its iterations, an average none"
         try:
-            print(draw_runs(args.runs))
+            if os.path.isfile(folder / "log.csv"):
+                logs.append(read_log(folder))
+                continue
+            problem = problem if os.path.isdir(folder) else "there is no such folder"
         except Exception as error:  # a folder may hold anything
-            print(f"report.py: {' '.join(map(str, args.runs))}: {type(error).__name__}: {error}", file=sys.stderr)
-            return 2
-    if not args.runs:
-        try:
-            print(*write_pages(), f"wrote {RESULTS / 'README.md'}", sep="\n")
-        except OSError as error:
-            print(f"report.py: {error}", file=sys.stderr)
-            return 2
+            problem = f"{type(error).__name__}: {error}"
+        print(f"report.py: {folder}: {problem}", file=sys.stderr)
+        return 2
+    try:
+        print(*([draw_runs(args.runs, logs)] if logs else [*write_pages(), f"wrote {RESULTS / 'README.md'}"]), sep="\n")
+    except OSError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -215,7 +215,7 @@ for word in ${extra[@]+"${extra[@]}"}; do
     elif [[ $word =~ ^--(data|workers|device|precision|timeout|checkpoint-seconds)(=|$) ]]; then
         [[ $word = *=* ]] || value=$word
     elif [[ $word != --compile ]]; then
-        fail "FLAGS has '$word', but a row takes --data, --workers, --device, --precision, --timeout, --checkpoint-seconds and --compile alone"
+        fail "FLAGS has '$word', but a row takes --data, --workers, --device, --precision, --timeout, --checkpoint-seconds and --compile alone (CIFAR's no --workers, detection's no --compile)"
     fi
 done
 [[ -z $value ]] || fail "FLAGS ends with $value, which needs a value"

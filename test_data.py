@@ -632,13 +632,13 @@ def test_one_class_is_a_level_too_deep(tmp_path):
 
 
 def test_pictures_in_train_and_val_are_warned_of(tmp_path, capsys):
-    """Those of one class, name and size; and of pictures that lie beside train and val."""
+    """Those of one class, name and content; and of pictures that lie beside train and val."""
     for path, content in (
         ("train/a/1.jpg", b"one"),
         ("train/a/deep/2.jpg", b"two"),
         ("train/b/3.jpg", b"three"),
         ("train/b/4.jpg", b"four"),
-        ("val/a/1.jpg", b"not one"),  # another picture of that name
+        ("val/a/1.jpg", b"oNe"),  # another picture of that name and size
         ("val/a/2.jpg", b"two"),  # another place
         ("val/b/1.jpg", b"one"),  # another class
     ):

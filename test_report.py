@@ -286,7 +286,7 @@ def curve(folder, monkeypatch, log=LOG):
     (folder / "log.csv").write_text(log)
     figures = []
     monkeypatch.setattr(report, "save", lambda figure, path, suffix: figures.append(figure))
-    assert report.draw_runs([folder]) == folder / "curve.png"
+    assert report.draw_runs([folder], [report.read_log(folder)]) == folder / "curve.png"
     axes = figures[0].axes
     report.plt.close(figures[0])
     return {a.get_ylabel(): {line.get_label(): line.get_xydata().tolist() for line in a.lines} for a in axes}, axes
@@ -348,7 +348,8 @@ def test_curves_of_several_runs(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.csv").write_text(log)
     monkeypatch.setattr(report, "save", lambda figure, path, suffix: figures.append(figure))
-    assert report.draw_runs([tmp_path / name for name in "abc"]) == pathlib.Path("curves.png")
+    folders = [tmp_path / name for name in "abc"]
+    assert report.draw_runs(folders, map(report.read_log, folders)) == pathlib.Path("curves.png")
     above, boxes, loss = figures[0].axes
     assert [line.get_label().partition("/")[2] for line in above.lines] == [
         "a, training",
@@ -358,7 +359,8 @@ def test_curves_of_several_runs(tmp_path, monkeypatch):
         "c, training",
     ]
     colours = [line.get_color() for line in above.lines]
-    assert colours == ["C0", "C0", "C1", "C1", "C2"] and len(loss.lines) == 3
+    assert colours[0] == colours[1] and colours[2] == colours[3] and len({*colours}) == 3 == len(loss.lines)
+    assert [line.get_linestyle() for line in boxes.lines] == ["-", ":"]
     assert [line.get_label().partition("/")[2] for line in boxes.lines] == ["c, test, @.5", "c, test, @[.5,.95]"]
     report.plt.close(figures[0])
 
@@ -440,7 +442,7 @@ def check_row(folder, parse):  # noqa: F811
     run = report.read_run(folder)
     name = folder.relative_to(report.RESULTS).as_posix().rpartition("/seed")[0]
     if name not in report.commands():
-        assert run["config"]["environment"]["modified"] is False, folder
+        assert "runs" in run or run["config"]["environment"]["modified"] is False, folder
         return
     assert run["objection"] is None, f"{folder}: {run['objection']}"
     if "runs" not in run:
@@ -513,7 +515,7 @@ def setting(file, **values):
         ("imagenet", instead("--seed 2 ", ""), "(differing: --seed)"),
         ("cifar10", instead("cifar_train", "mine"), "(differing: script)"),
         ("cifar10", add(" --images 100 --lr=0.2"), "(differing: --images, --lr)"),
-        ("voc", instead("imagenet/101/seed1", "R-101.pkl"), "(differing: --weights)"),
+        ("voc", instead("R-101.pkl", "R-50.pkl"), "(differing: --weights)"),
         ("imagenet", setting("config.json", environment={}), "(differing: "),
         ("imagenet", setting("config.json", images=600), "it was trained on 600 images"),
         ("voc", setting("config.json", images=8), "it was trained on 8 images"),

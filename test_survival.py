@@ -240,7 +240,7 @@ def test_every_iteration_is_saved(short_folder):
 
 def test_only_changed_code_is_modified(world_of_one, tmp_path, monkeypatch):
     """Pages that report.py writes, and new runs, do not make a clone's next run one of changed code."""
-    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", tmp_path]
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", "-C", tmp_path]
     (tmp_path / "results").mkdir()
     for name in ("checkpoint.py", "results/units.py", "README.md"):
         (tmp_path / name).write_text("1")
@@ -248,6 +248,12 @@ def test_only_changed_code_is_modified(world_of_one, tmp_path, monkeypatch):
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     assert checkpoint.environment({})["modified"] is False
+    (tmp_path / "unpacked").mkdir()  # another copy, which lies in this clone and is none itself
+    (tmp_path / "unpacked" / "checkpoint.py").write_text("2")
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint, "__file__", str(tmp_path / "unpacked" / "checkpoint.py"))
+        made = checkpoint.environment({})
+        assert made["modified"] is None and made["commit"] is None
     (tmp_path / "README.md").write_text("2")
     (tmp_path / "results" / "log.csv").write_text("2")
     assert checkpoint.environment({})["modified"] is False

@@ -65,9 +65,7 @@ def load(path, layout=None):
     try:
         usual = usual_layout(state)
         if layout is None and usual != "ours":
-            checkpoint.print_error(
-                f"{path}: taken for layout {usual} ({LAYOUTS[usual][0]}); --layout NAME is for another"
-            )
+            data.warn(f"{path}: taken for layout {usual} ({LAYOUTS[usual][0]}); --layout NAME is for another")
         layout = layout or usual
         if layout != "ours":
             about = foreign(state, layout)

@@ -34,6 +34,7 @@ import weights
 from conftest import start_workers
 
 SCRIPT = detection_train  # what `flags` and `start` run
+HERE = pathlib.Path(__file__).parent
 
 # The objects of an image
 
@@ -978,6 +979,21 @@ def test_cocos_map_is_pycocotools(tmp_path):
     assert detection.coco_map(found, data.COCOImages(tmp_path, "val", False, 0))[1] == maps
     nothing = [{name: t[:0] for name, t in one.items()} for one in found]
     assert detection.coco_map(nothing, images)[1] == {"map_50": 0, "map_50_95": 0}
+
+
+def test_table_9_in_small_is_what_the_run_folders_hold():
+    page = (HERE / "docs" / "detection.md").read_text()
+    for kind, label in (("plain", "{}"), ("context", "context, {}")):
+        for test in detection.TESTS:
+            paths = [HERE / f"results/detection/synthetic-{kind}/seed{seed}/{test}.json" for seed in (1, 2, 3)]
+            found = [json.loads(path.read_text()) for path in paths]
+            cells = [
+                label.format(f"`{test}`") if test != "baseline" else ("baseline" if kind == "plain" else "context")
+            ]
+            for measure, digits in (("map_area", 2), ("map_area_50_95", 1)):
+                values = [one[measure] for one in found]
+                cells += [", ".join(f"{value:.{digits}f}" for value in values), f"{np.mean(values):.1f}"]
+            assert f"| {' | '.join(cells)} |" in page
 
 
 # Pictures

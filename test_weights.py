@@ -5,6 +5,7 @@ import json
 import pathlib
 import pickle
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -20,7 +21,7 @@ import imagenet_train
 import models
 import units
 import weights
-from conftest import HERE
+from conftest import HERE, SHARED
 
 SCRIPT = cifar_train  # what `start` runs
 
@@ -590,3 +591,15 @@ def test_a_file_of_another_count_of_classes(start, tmp_path):
     weights.save(net, about | weights.grey_levels(data.MEAN, data.STD), tmp_path / "a.pth")
     status, printed = start("--evaluate", "a.pth", "--dataset", "synthetic", "--device", "cpu", script=imagenet_train)
     assert status == 2 and "a.pth is of 3 classes (a ... c) and the images of 10 classes (class0 ... class9)" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real CIFAR-10 does not lie beside the project")
+def test_weights_under_results_have_their_runs_error(start, tmp_path):
+    subprocess.run([sys.executable, SHARED / "data" / "unpack_cifar10.py", tmp_path], check=True, capture_output=True)
+    files = sorted((HERE / "results").rglob("weights.pth"))
+    assert files
+    for file in files:
+        error = json.loads((file.parent / "result.json").read_text())["test_error"]
+        status, printed = start("--evaluate", file, "--data", tmp_path)
+        assert status == 0 and f"test error {error:.2f} %" in printed

@@ -439,7 +439,9 @@ def read_run(folder):
         raise ValueError(f"there is no run in {folder}: it has no config.json")
     flags, state = argparse.Namespace(**read_json(path)), load(folder)
     if state is None:
-        raise ValueError(f"{folder} holds no checkpoint: it has to be trained here first (results/ is without weights)")
+        weights = pathlib.Path(folder, "weights.pth")
+        instead = f"its weights alone are in {weights}" if weights.exists() else "it has to be trained here first"
+        raise ValueError(f"{folder} holds no checkpoint: {instead}")
     return flags, state
 
 

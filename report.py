@@ -34,10 +34,10 @@ LOSS, ERROR, IMAGENET = "loss and error", "error", "ImageNet error"
 FIGURES = {
     "2-fig1": (LOSS, "[2] Fig. 1 right: ResNet-1001", {"": ""}),
     "2-fig3": (LOSS, "[2] Fig. 3: shortcuts", {"a": "(a)", "b": "(b)", "c": "(c)", "d": "(d)"}),
-    "2-fig6": (LOSS, "[2] Fig. 6: the order of activations", {"left": "left", "right": "right"}),
+    "2-fig6": (LOSS, "[2] Fig. 6: the order of activations", {"left": "(left)", "right": "(right)"}),
     "1-fig1": (ERROR, "[1] Fig. 1: plain nets", {"left": "training error", "right": "test error"}),
-    "1-fig6": (ERROR, "[1] Fig. 6: plain and residual nets", {"left": "left", "middle": "middle", "right": "right"}),
-    "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "left", "right": "right"}),
+    "1-fig6": (ERROR, "[1] Fig. 6: plain and residual nets", {x: f"({x})" for x in ("left", "middle", "right")}),
+    "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "(left)", "right": "(right)"}),
 }
 
 # The tables of the short schedule, and the pairs of rows whose difference the page states

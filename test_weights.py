@@ -603,3 +603,9 @@ def test_weights_under_results_have_their_runs_error(start, tmp_path):
         error = json.loads((file.parent / "result.json").read_text())["test_error"]
         status, printed = start("--evaluate", file, "--data", tmp_path)
         assert status == 0 and f"test error {error:.2f} %" in printed
+
+
+def test_a_run_without_its_checkpoint_names_its_weights(start):
+    run = HERE / "results" / "cifar10" / "20" / "seed1"
+    status, printed = start("--evaluate", run)
+    assert status == 2 and f"its weights alone are in {run / 'weights.pth'}" in printed and "Traceback" not in printed

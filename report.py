@@ -139,7 +139,7 @@ def objection(run):
     """Why a run does not count for its row; None if it does."""
     name, _, seed = run["folder"].relative_to(RESULTS).as_posix().rpartition("/seed")
     if name not in commands() or not seed.isdecimal():
-        return "its folder is no row's"
+        return "run_all.sh has no row of this name"
     flags, (images, evaluated) = flags_of(commands()[name]), IMAGES.get(name.split("/")[0], (0, None))
     if "," in run["precision"]:
         return f"its nets are of several precisions ({run['precision']})"
@@ -300,8 +300,8 @@ def short_differences(rows, tag):
         if all(runs):
             medians = [[statistics.median(values_of(r, m)) for r in runs] for m in ("test error %", "training loss")]
             error, loss = (after - before for before, after in medians)
-            paper = float(papers[1]) - float(papers[0])
-            lines.append(f"- {name}: test error {error:+.2f} % (the paper: {paper:+.2f} %), training loss {loss:+.2f}")
+            paper = f"{float(papers[1]) - float(papers[0]):+.2f}"
+            lines.append(f"- {name}: test error {error:+.2f} points (the paper: {paper}), training loss {loss:+.2f}")
     return ["", *lines] if lines else []
 
 
@@ -333,7 +333,8 @@ def short_note(rows):
     text = "1,600 iterations instead of 64,000: compare the order, not the errors"
     if compared := compare_orders(rows):
         yes, no, unsure = (sum(line.count(verdict) for line in compared[0]) for verdict in "✓✗?")
-        text += f";\n{yes} of {yes + no + unsure} orders are as in the papers, {no} are not, {unsure} cannot be told"
+        text += f".\nOf {yes + no + unsure} pairs of units {yes} are in the papers' order, {no} in the opposite one,\n"
+        text += f"and {unsure} are too close to tell"
     return text + "."
 
 
@@ -579,13 +580,13 @@ def with_headline(text, rows):
             nets.setdefault(cell["run"], (label, cell["paper"], ours_beside(cell, rows)))
     lines = ["None of the papers' nets has been run on its full schedule of 64,000 iterations yet."]
     if nets:
-        lines = markdown("| the papers' nets, full schedule | paper | ours |", nets.values())
-    lines += ["", "All units [in an evening on a laptop](results/README.md#the-short-schedule):", short_note(rows), ""]
-    lines.append("![test error of each unit](results/short.svg)")
+        lines = markdown("| test error of the papers' nets, full schedule, % | paper | ours |", nets.values())
+    lines += ["", "All units [in an evening on 2 CPU cores](results/README.md#the-short-schedule):", short_note(rows)]
+    lines += ["", "![test error of each unit](results/short.svg)"]
     if differences := short_differences(rows, "short-depth"):
         lines += [
             "",
-            "Depth [on the same schedule](results/README.md#degradation-in-miniature-1-figs-1-and-6):",
+            "Depth [on the same schedule](results/README.md#degradation-in-miniature-1-figs-1-and-6), short for deep nets:",
             *differences,
         ]
     before, _, rest = text.partition(START)
@@ -610,7 +611,7 @@ def page(rows, others, problems):
         error = ours([run], metric) + (f", {metric}" if "mAP" in metric else "")
         lines.append((f"[{name}]({name})", *settings, error, run["objection"]))
     if others:
-        lines = markdown("| folder | dataset | depth | unit | iterations | test error, % | reason |", lines)
+        lines = markdown("| folder | dataset | depth | unit | iterations | test error or mAP, % | reason |", lines)
         text += "\n".join(["\n## Other runs\n", *lines, ""])
     if problems:
         text += "\n".join(["\n## Not read\n", *(f"- {problem}" for problem in problems), ""])

@@ -219,7 +219,7 @@ def test_other_runs_and_precisions_fill_no_cell(results, capsys):
     printed = capsys.readouterr().out
     for name in (*reasons, "cifar10/110/again", "mine/seed1", "seed1"):
         line = re.search(rf"^\| \[{name}\]\({name}\) \|.*", others, re.MULTILINE)[0]
-        assert reasons.get(name, "its folder is no row's") in line and f"{name}: in no table, as i" in printed
+        assert reasons.get(name, "run_all.sh has no row of this name") in line and f"{name}: in no table, as" in printed
 
 
 def test_orderings_of_the_short_schedule(results):
@@ -234,7 +234,7 @@ def test_orderings_of_the_short_schedule(results):
     results("short/38-dropout-shortcut/seed1", None)
     report.main()
     page = results.page()
-    note = "compare the order, not the errors;\n14 of 27 orders are as in the papers, 2 are not, 11 cannot be told.\n"
+    note = "Of 27 pairs of units 14 are in the papers' order, 2 in the opposite one,\nand 11 are too close to tell.\n"
     assert note in page and note in results.readme()
     assert "s = 1.00 %" in page and "over the 6 rows that have two or more" in page
     for line in (
@@ -264,10 +264,10 @@ def test_degradation_and_depth_on_the_short_schedule(results):
     assert "| ResNet-1001, full pre-activation | 4.92 | 44.25 (n = 1) | 1.25 |" in page
     plain, residual, original = (line for line in page.splitlines() if line.startswith("- "))
     assert f":\n\n{plain}\n{residual}\n" in results.readme()
-    change = "from 20 to 56 layers: test error {} % (the paper: {} %), training loss {}"
+    change = "from 20 to 56 layers: test error {} points (the paper: {}), training loss {}"
     assert plain == "- plain nets, " + change.format("+10.00", "+3.51", "+0.20")
     assert residual == "- residual nets, " + change.format("-3.50", "-1.78", "-0.07")
-    assert original.startswith("- 164 layers, ") and "test error +inf % (the paper: -0.47 %)" in original
+    assert original.startswith("- 164 layers, ") and "test error +inf points (the paper: -0.47)" in original
     assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3 * 2
     assert "More than 0.5 %" not in page and "None of the papers' nets" in results.readme()
 

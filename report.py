@@ -584,11 +584,8 @@ def with_headline(text, rows):
     lines += ["", "All units [in an evening on 2 CPU cores](results/README.md#the-short-schedule):", short_note(rows)]
     lines += ["", "![test error of each unit](results/short.svg)"]
     if differences := short_differences(rows, "short-depth"):
-        lines += [
-            "",
-            "Depth [on the same schedule](results/README.md#degradation-in-miniature-1-figs-1-and-6), short for deep nets:",
-            *differences,
-        ]
+        link = "results/README.md#degradation-in-miniature-1-figs-1-and-6"
+        lines += ["", f"Depth [on the same schedule]({link}), short for deep nets:", *differences]
     before, _, rest = text.partition(START)
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 

@@ -518,17 +518,16 @@ def draw_short_depth(rows):
 
 
 def draw_short_1001(curves, rows):
-    """ResNet-164 and -1001, original and pre-activation: the beginning of the paper's training loss, and our curves."""
-    figure, grid = plt.subplots(1, 3, figsize=(12, 3.8))
+    """ResNet-164 and -1001, original and pre-activation: the beginning of the paper's training loss, and ours."""
+    figure, grid = plt.subplots(1, 2, figsize=(8.5, 3.8))
     for (network, row), theirs in (curves["2-fig1"] | curves["2-fig6right"]).items():
         style = {"color": "C1" if "pre-activation" in network else "C0", "linewidth": 1.8 if "1001" in network else 0.9}
         plot(grid[0], [(x, y) for x, y in theirs["train_loss"] if x <= 10_000], label=network, **style)
         for run in rows[row.replace("cifar10", "short")]:
             plot(grid[1], points(run, "train_loss"), **style, marker=".")
-            plot(grid[2], points(run, "test_error"), **style, marker=".")
-    titles = ("[2]: the first 10,000 iterations, of 128 images", *["here: 1,600 iterations, of 32 images"] * 2)
-    for axes, title, label in zip(grid, titles, ("training loss", "training loss", "test error, %"), strict=True):
-        axes.set(xlabel="iterations", ylabel=label)
+    titles = ("[2]: the first 10,000 iterations, of 128 images", "here: 1,600 iterations, of 32 images")
+    for axes, title in zip(grid, titles, strict=True):
+        axes.set(xlabel="iterations", ylabel="training loss")
         axes.set_title(title, fontsize=10)
     grid[0].legend(fontsize=8)
     save(figure, RESULTS / "short-1001", "svg", "png")

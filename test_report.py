@@ -268,7 +268,7 @@ def test_degradation_and_depth_on_the_short_schedule(results):
     assert plain == "- plain nets, " + change.format("+10.00", "+3.51", "+0.20")
     assert residual == "- residual nets, " + change.format("-3.50", "-1.78", "-0.07")
     assert original.startswith("- 164 layers, ") and "test error +inf points (the paper: -0.47)" in original
-    assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3 * 2
+    assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3
     assert "More than 0.5 %" not in page and "None of the papers' nets" in results.readme()
 
 

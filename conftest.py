@@ -115,6 +115,8 @@ def fork(*words, target=be, printed=None, **variables):
         os.chdir(place)
     process = server.Process(target=target, args=(list(map(str, words)), printed, variables))
     process.start()
+    # start() in another thread would look for the end of this process too, and sometimes take its exit status away.
+    multiprocessing.process._children.discard(process)
     return process
 
 

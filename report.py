@@ -33,11 +33,11 @@ RESULTS = HERE / "results"
 LOSS, ERROR, IMAGENET = "loss and error", "error", "ImageNet error"
 FIGURES = {
     "2-fig1": (LOSS, "[2] Fig. 1 right: ResNet-1001", {"": ""}),
-    "2-fig3": (LOSS, "[2] Fig. 3: shortcuts", {"a": "(a)", "b": "(b)", "c": "(c)", "d": "(d)"}),
-    "2-fig6": (LOSS, "[2] Fig. 6: the order of activations", {"left": "(left)", "right": "(right)"}),
+    "2-fig3": (LOSS, "[2] Fig. 3: shortcuts", {"a": "a", "b": "b", "c": "c", "d": "d"}),
+    "2-fig6": (LOSS, "[2] Fig. 6: the order of activations", {"left": "left", "right": "right"}),
     "1-fig1": (ERROR, "[1] Fig. 1: plain nets", {"left": "training error", "right": "test error"}),
-    "1-fig6": (ERROR, "[1] Fig. 6: plain and residual nets", {x: f"({x})" for x in ("left", "middle", "right")}),
-    "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "(left)", "right": "(right)"}),
+    "1-fig6": (ERROR, "[1] Fig. 6: plain and residual nets", {"left": "left", "middle": "middle", "right": "right"}),
+    "1-fig4": (IMAGENET, "[1] Fig. 4: ImageNet", {"left": "left", "right": "right"}),
 }
 
 # The tables of the short schedule, and the pairs of rows whose difference the page states
@@ -438,7 +438,7 @@ def draw_figure(name, curves, rows):
         start = 34_000 if (name, panel) == ("1-fig6", "right") else 0  # where the paper begins it
         end, every = {LOSS: (68_000, 10_000), ERROR: (64_000, 10_000), IMAGENET: (600_000, 100_000)}[kind]
         ticks = range(math.ceil(start / every) * every, end, every)
-        axes.set(title=f"{title} {caption}".strip(), xlim=(start, end), xlabel="iterations (1e4)")
+        axes.set(title=f"{title} ({caption})" if caption else title, xlim=(start, end), xlabel="iterations (1e4)")
         axes.set_xticks(ticks, [str(tick // 10_000) for tick in ticks])
         if kind == LOSS:
             axes.set(yscale="log", ylim=(0.002, 2), ylabel="training loss (dashed)")

@@ -525,6 +525,7 @@ def draw_short_1001(curves, rows):
         plot(grid[0], [(x, y) for x, y in theirs["train_loss"] if x <= 10_000], label=network, **style)
         for run in rows[row.replace("cifar10", "short")]:
             plot(grid[1], points(run, "train_loss"), **style, marker=".")
+    grid[1].set_ylim(1, 3.5)  # ResNet-1001 with the original unit begins at 10
     titles = ("[2]: the first 10,000 iterations, of 128 images", "here: 1,600 iterations, of 32 images")
     for axes, title in zip(grid, titles, strict=True):
         axes.set(xlabel="iterations", ylabel="training loss")
@@ -582,9 +583,13 @@ def with_headline(text, rows):
         lines = markdown("| test error of the papers' nets, full schedule, % | paper | ours |", nets.values())
     lines += ["", "All units [in an evening on 2 CPU cores](results/README.md#the-short-schedule):", short_note(rows)]
     lines += ["", "![test error of each unit](results/short.svg)"]
-    if differences := short_differences(rows, "short-depth"):
-        link = "results/README.md#degradation-in-miniature-1-figs-1-and-6"
-        lines += ["", f"Depth [on the same schedule]({link}), short for deep nets:", *differences]
+    for tag, what, section in (
+        ("short-depth", "Depth", "degradation-in-miniature-1-figs-1-and-6"),
+        ("short-1001", "Full pre-activation", "1001-layers-on-a-laptop-2-fig-1-right"),
+    ):
+        if differences := short_differences(rows, tag):
+            link = f"results/README.md#{section}"
+            lines += ["", f"{what} [on the same schedule]({link}), short for deep nets:", *differences]
     before, _, rest = text.partition(START)
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 

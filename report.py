@@ -301,7 +301,9 @@ def short_differences(rows, tag):
             medians = [[statistics.median(values_of(r, m)) for r in runs] for m in ("test error %", "training loss")]
             error, loss = (after - before for before, after in medians)
             paper = f"{float(papers[1]) - float(papers[0]):+.2f}"
-            lines.append(f"- {name}: test error {error:+.2f} points (the paper: {paper}), training loss {loss:+.2f}")
+            seeds = " and ".join(str(len(r)) for r in runs)
+            change = f"test error {error:+.2f} points (the paper: {paper})"
+            lines.append(f"- {name}: {change}, training loss {loss:+.2f} (n = {seeds})")
     return ["", *lines] if lines else []
 
 

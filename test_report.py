@@ -264,10 +264,11 @@ def test_degradation_and_depth_on_the_short_schedule(results):
     assert "| ResNet-1001, full pre-activation | 4.92 | 44.25 (n = 1) | 1.25 |" in page
     plain, residual, original = (line for line in page.splitlines() if line.startswith("- "))
     assert f":\n\n{plain}\n{residual}\n" in results.readme() and f":\n\n{original}\n" in results.readme()
-    change = "from 20 to 56 layers: test error {} points (the paper: {}), training loss {}"
+    change = "from 20 to 56 layers: test error {} points (the paper: {}), training loss {} (n = 3 and 3)"
     assert plain == "- plain nets, " + change.format("+10.00", "+3.51", "+0.20")
     assert residual == "- residual nets, " + change.format("-3.50", "-1.78", "-0.07")
     assert original.startswith("- 164 layers, ") and "test error +inf points (the paper: -0.47)" in original
+    assert original.endswith(" (n = 1 and 1)")
     assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3
     assert "More than 0.5 %" not in page and "None of the papers' nets" in results.readme()
 

@@ -11,7 +11,6 @@ import fcntl
 import io
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import pickle
@@ -39,7 +38,7 @@ GRACE = 18  # seconds from the first signal to the end, at most: torchrun kills 
 # What some network file systems answer when they are asked to lock a file, or to write a folder to the disk at once.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
-control = None  # the gloo group of every message between processes but the step's; None: the group of everything
+control = None  # the gloo group of all messages between processes except the step's; None: the default group
 
 
 def keep_memory():
@@ -98,11 +97,8 @@ def start_processes(device, timeout=600):
 
 
 def end_processes():
-    """Leave the group of processes, and end the loaders' workers, which ignore the signal that multiprocessing would
-    send them at the end, and wait for."""
+    """Leave the group of processes."""
     global control
-    for child in multiprocessing.active_children():
-        child.kill()
     control = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -217,7 +213,7 @@ class Stop:
     def read(self, pipe):
         while True:
             number = os.read(pipe, 1)[0]
-            if number not in SIGNALS:  # the end of a loader's worker
+            if number not in SIGNALS:  # none of ours
                 continue
             if not self.training or time.monotonic() > self.when + 1:
                 end_at_once(self.asked or number)
@@ -241,7 +237,8 @@ class Stop:
         if number:
             raise Stopped(int(number))
         if due is not None:
-            self.until = 1 if anywhere else max(1, min(2 * self.calls, int(0.1 * self.calls / seconds)))
+            tenth = int(0.1 * self.calls / seconds)  # of a second, in calls
+            self.until = 1 if anywhere else max(1, min(2 * self.calls, tenth))  # doubled at most: the pace may change
             self.calls, self.agreed = 0, time.monotonic()
         return bool(anywhere)
 
@@ -254,14 +251,12 @@ def end_at_once(number):
     with contextlib.suppress(OSError):  # the error stream is closed
         if (os.environ.get("RANK") or "0") == "0" and select.select([], [2], [], 0)[1]:  # a full pipe would block
             os.write(2, f"{signal.Signals(number).name}: ended at once; what was saved before stays\n".encode())
-    for child in multiprocessing.active_children():  # a loader's workers, which would notice it seconds later
-        child.kill()
     os._exit(128 + number)
 
 
 def ignore_signals(*_):
-    """For a loader's workers, at their fork and as worker_init_fn: whoever asks a run to stop may ask all its
-    processes, and the workers must serve it to the end. They end when it ends them or is gone."""
+    """For a loader's workers, at their fork: whoever asks a run to stop may ask all its processes, and the workers must
+    serve it to the end. They end when it ends them or is gone."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -301,9 +296,9 @@ class Run:
 
     def begin(self, settings, about):
         """Lock the folder, and write config.json where the run is new: its identity, its settings (which may change
-        from sitting to sitting), what `about` says of its net, and the environment.
+        from session to session), what `about` says of its net, and the environment.
 
-        Raises ValueError as above, InUse when another program is writing the folder, OSError when nobody can.
+        Raises ValueError as above, InUse when another program is writing the folder, OSError when it cannot be written.
         """
         if not self.mine:
             return
@@ -362,7 +357,7 @@ class Run:
 
     def finish(self, result):
         """Write result.json, the mark of a finished run, once all else is on disk. Returns the exit status: 1 when
-        anything could not be written in this sitting."""
+        anything could not be written in this session."""
         if not self.unsaved:
             self.write(self.folder / "result.json", as_json(result))
         if self.unsaved:

@@ -191,7 +191,7 @@ def evaluate_run(flags, device):
         net, about = load_weights(source, flags.layout)
         check_kind(net, source)
         if len(about["classes"]) != data.CLASSES[args.dataset]:
-            raise ValueError(f"{source} has {len(about['classes'])} classes, as --dataset {args.dataset} has not")
+            raise ValueError(f"{source} has {len(about['classes'])} classes, unlike --dataset {args.dataset}")
         args.data = flags.data or vars(args).get("data") or "data"
         test = [t.to(device) for t in (*load_sets(args)["test"], about["mean"], about["std"])]
         precision = Precision(args.precision, device)
@@ -222,7 +222,7 @@ def parse_flags():
     add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
     add = parser.add_argument_group("the recipe").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="[1]'s, or that of the released Torch code (default paper)")
-    add("--iterations", type=int, metavar="N", help="the drops scale along (default 64000; resnet-1k-layers 156250)")
+    add("--iterations", type=int, metavar="N", help="the drops move too (default 64000; resnet-1k-layers 156250)")
     add("--batch-size", type=int, metavar="N", help="images a step (default 128; resnet-1k-layers 64)")
     add("--micro-batch", type=int, metavar="N", help="images that share BN statistics (default half the batch)")
     add("--lr", type=float, default=0.1, help="learning rate before the drops (default 0.1)")
@@ -252,7 +252,7 @@ def resolve(args):
     if args.weights:
         check_kind(args.pretrained[0], args.weights)
         if args.fan_in:
-            raise ValueError("--fan-in goes without --weights, which are the net's initial ones")
+            raise ValueError("--fan-in cannot be combined with --weights, which are the initial weights")
     with torch.device("meta"):  # raises ValueError for an impossible depth or option
         cifar_resnet(args.depth, UNITS[args.unit], **args.unit_args)
 

@@ -180,7 +180,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
-SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # folders of no user's
+SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # the systems' own folders
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -218,9 +218,12 @@ def warn_of_copies(train, val):
         except OSError:
             return False
 
-    starts = [len(os.fsencode(images.folder)) for images in (train, val)]
-    places = {name[starts[1] :]: name for name in val.names.tolist()}
-    pairs = [(name, places[name[starts[0] :]]) for name in train.names.tolist() if name[starts[0] :] in places]
+    def places(images):  # {path within the folder: path}
+        start = len(os.fsencode(images.folder))
+        return {name[start:]: name for name in images.names.tolist()}
+
+    theirs = places(val)
+    pairs = [(name, theirs[place]) for place, name in places(train).items() if place in theirs]
     copies = [os.fsdecode(b) for a, b in pairs if same(a, b)]
     if copies:
         are = counted(len(copies), "picture is", "pictures are")
@@ -244,9 +247,9 @@ def imagenet_part(dataset, root, part, limit=0):
 
 
 class ImageFiles:
-    """The pictures in a folder that holds one folder per class, at any depth. Hidden files and folders (.name) are
-    neither pictures nor classes, and those that systems leave behind are not either. Raises ValueError when a folder
-    cannot be read or is read twice, a class has no pictures, or pictures lie beside the folders of the classes."""
+    """The pictures in a folder that holds one folder per class, at any depth. Hidden files and folders (.name), and
+    folders of the system's own, are neither pictures nor classes. Raises ValueError when a folder cannot be read or is
+    read twice, a class has no pictures, or pictures lie beside the folders of the classes."""
 
     def __init__(self, folder):
         if not folder.is_dir():
@@ -773,7 +776,7 @@ class COCOImages(ImageFiles):
                 over += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
                 if box[0] < box[2] and box[1] < box[3] and not (train and crowd):
                     found[image].append((category, box, bool(crowd)))
-                # Counted from 1, as pycocotools takes the id 0 for no object; it is told to look at no area
+                # Counted from 1, as pycocotools takes the id 0 for no object. Areas do not matter: all sizes count
                 if not train:
                     place = {"id": n, "image_id": image, "category_id": category, "bbox": [x, y, w, h]}
                     annotations.append(place | {"iscrowd": crowd, "area": 0})

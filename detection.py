@@ -53,15 +53,15 @@ class RPN(RegionProposalNetwork):
 
 
 class Head(RPNHead):
-    """The RPN's layers. With autocast they alone are reduced, and not the coordinates that they are made into."""
+    """The RPN's layers. Under autocast they alone compute in lower precision, not what makes boxes of their outputs."""
 
     def forward(self, maps):
         return tuple([t.to(maps[0].dtype) for t in found] for found in super().forward(maps))
 
 
 class Detector(nn.Module):
-    """A net cut before conv5_1. What stands before is shared by the RPN and, for every region that this proposes, by
-    conv5_x and up, in the place of VGG-16's fc6 and fc7, and two sibling layers, which tell class and box.
+    """A net cut before conv5_1. The part before it makes one map, which the RPN and all regions share. For each region
+    that the RPN proposes, conv5_x takes the place of VGG-16's fc6 and fc7; two sibling layers then give class and box.
 
     net: a models.ResNet, or torchvision's vgg16, that has learnt to classify images of the given mean and std (3
     numbers each). Its BN becomes a fixed scale and offset, and its first layers no longer train: conv1 and conv2_x, or
@@ -176,8 +176,8 @@ class Detector(nn.Module):
         return clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
 
     def pyramid(self, image, shorts, usual, size):
-        """[(map, its scale), ...] of an image whose shorter side becomes one of `shorts` after the other, where it has
-        600 in the usual map, whose image has this size and whose scale is 1."""
+        """[(map, its scale), ...] of an image, one for each of `shorts`, its shorter sides where the usual one is 600.
+        usual: that one's map, whose scale is 1. size: its image's (H, W)."""
         maps, sizes = [], (self.transform.min_size, self.transform.max_size)
         for short in shorts:
             if short == SHORT:
@@ -195,7 +195,7 @@ def vote(boxes, scores, labels, keep):
     """The boxes of `keep`, each the mean, weighted by score, of its class's boxes whose IoU with it is 0.5 or more:
     Gidaris and Komodakis, arXiv 1505.01749, Section 5."""
     weights = (((box_iou(boxes[keep], boxes) >= 0.5) & (labels[keep, None] == labels)) * scores).double()
-    return (weights @ boxes.double() / weights.sum(dim=1, keepdim=True)).to(boxes.dtype)  # which autocast leaves alone
+    return (weights @ boxes.double() / weights.sum(dim=1, keepdim=True)).to(boxes.dtype)  # autocast leaves double alone
 
 
 def fix_bn(parent):

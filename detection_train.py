@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 detection_train.py --dataset coco --data COCO --weights R-101.pkl --test refine
     python detection_train.py --vgg --weights vgg16-397923af.pth   # the papers' other net
     python detection_train.py --dataset synthetic                  # a first result in minutes, without any download
-    python detection_train.py --data FOLDER --depth 18 --width 16 --short 300 --iterations 1000 --batch-size 4 --lr 0.03
+    python detection_train.py --data FOLDER --depth 18 --width 16 --short 300 --iterations 800 --batch-size 4 --lr 0.03
     python detection_train.py --evaluate RUN --test baseline,refine,multi-scale --draw 20
 
 The same command again continues a run that was stopped.
@@ -175,7 +175,7 @@ def train(args, device):
 
 def train_net(args, run, net, images, n_test, about, test, device):
     """Train the net on `images`, and evaluate it by test(), on n_test images. Returns the result, and what the last
-    evaluation returned or None if this sitting made none."""
+    evaluation returned or None if this session made none."""
     columns = detection.COLUMNS[args.dataset]
     # 300 regions of an image are tested, and fewer trained on: it costs as much
     rows, evaluations = rows_at(args.iterations, args.iterations * args.batch_size, 3 * n_test)
@@ -340,11 +340,11 @@ def parse_flags():
     group.add_argument("--vgg", action="store_true", help="VGG-16, with --weights: the file of torchvision's vgg16")
     group.add_argument("--context", action="store_true", help="each region is judged beside the whole image, Table 9")
     add = parser.add_argument_group("the data").add_argument
-    add("--dataset", choices=RECIPES, default="voc", help="or its layout; synthetic needs no files (default voc)")
+    add("--dataset", choices=RECIPES, default="voc", help="layout of --data; synthetic needs no files (default voc)")
     add(
         "--data",
         metavar="DIR",
-        help="where VOCdevkit is, or will be; or a folder in VOC's or COCO's layout (default data)",
+        help="where VOCdevkit is, or will be; or a folder in VOC's or COCO's layout (default data; coco data/coco)",
     )
     add(
         "--train",
@@ -352,10 +352,10 @@ def parse_flags():
         help="years of VOC's trainval or COCO's sets (default 07+12; 2014)",
     )
     add("--images", type=int, default=0, metavar="N", help="only the first N images of each set (default 0: all)")
-    add("--short", type=int, metavar="N", help="the shorter side; all sizes scale along (default 600; synthetic 128)")
+    add("--short", type=int, metavar="N", help="the shorter side; all sizes scale with it (default 600; synthetic 128)")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
-    add("--iterations", type=int, metavar="N", help="the drop scales along (default 80000; coco 320000; synthetic 600)")
+    add("--iterations", type=int, metavar="N", help="the drop moves too (default 80000; coco 320000; synthetic 600)")
     add("--batch-size", type=int, metavar="N", help="images a step (default 2; coco and synthetic 8)")
     add("--lr", type=float, help="learning rate before the drop (default 0.001; synthetic 0.06)")
     add("--seed", type=int, default=1, help="of weights, order, flips and samples (default 1)")
@@ -364,10 +364,10 @@ def parse_flags():
     group.add_argument(
         "--test",
         metavar="TEST[,...]",
-        help="at the end, also test with refine (boxes refined and voted on) or multi-scale (that, each region on the "
-        "two fitting maps of five), Table 9; with --evaluate, the tests to make (default baseline)",
+        help="at the end, also test with refine (boxes refined and voted on) or multi-scale (the same, each region "
+        "pooled from two maps of five sizes), Table 9; with --evaluate, the tests to make (default baseline)",
     )
-    group.add_argument("--draw", type=int, default=4, metavar="N", help="test images with what was found (default 4)")
+    group.add_argument("--draw", type=int, default=4, metavar="N", help="draw what it finds in N images (default 4)")
     group.add_argument("--evaluate", metavar="RUN", help="print the mAP of a run's checkpoint; trains nothing")
     args = parser.parse_args()
     try:
@@ -393,7 +393,7 @@ def resolve(args):
     if args.compile:
         raise ValueError("--compile: images have many sizes, and each would be compiled anew")
     if args.weights and args.width:
-        raise ValueError("--width goes without --weights, whose net has its own")
+        raise ValueError("--width cannot be combined with --weights, whose net has a width of its own")
     if args.vgg and (not args.weights or args.depth or args.unit or args.preact or args.unit_arg or args.layout):
         raise ValueError("--vgg goes with --weights, the file of torchvision's vgg16, and without --depth or --unit")
     if args.train and args.dataset != "synthetic" and (args.train in ("2014", "2017")) != (args.dataset == "coco"):

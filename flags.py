@@ -1,4 +1,4 @@
-"""The flags that the experiments share, and their checks. What is wrong with a command line is a ValueError."""
+"""The flags that the experiments share, and their checks. A wrong command line raises ValueError."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ def add_weights_flags(parser):
     parser.add_argument(
         "--weights", metavar="FROM", help="begin from a run's net or a file of weights (docs/weights.md)"
     )
-    parser.add_argument("--layout", choices=LAYOUTS, help="what FROM cannot tell; see weights.py --help")
+    parser.add_argument("--layout", choices=LAYOUTS, help="what FROM does not tell; see weights.py --help")
 
 
 def add_run_flags(parser, checkpoint_seconds):
@@ -60,7 +60,7 @@ def refuse_all_but(names):
     """Raises ValueError when the command line has other flags than these: with --evaluate the run's folder decides."""
     wrong = [flag for flag in given() if flag not in names.split()]
     if wrong:
-        raise ValueError(f"--evaluate goes without {', '.join(wrong)}: the run's own config.json decides")
+        raise ValueError(f"--evaluate cannot be combined with {', '.join(wrong)}: what is evaluated decides")
 
 
 def resolve_unit(args, bottlenecks, **defaults):
@@ -100,7 +100,7 @@ def resolve_weights(args):
     if not args.weights:
         return
     if "--unit-arg" in given():
-        raise ValueError("--unit-arg goes without --weights, whose net has its arguments")
+        raise ValueError("--unit-arg cannot be combined with --weights, whose net has arguments of its own")
     args.pretrained = _, about = load_weights(args.weights, args.layout)
     args.weights_hash = digest(*args.pretrained)
     preact = UNITS[about["unit"]].preact == "bn-relu"
@@ -117,7 +117,7 @@ def at_least(args, **minima):
     """Raises ValueError when a flag is below its minimum, or a whole number above what there can be."""
     for name, least in minima.items():
         value, most = getattr(args, name), 1000 if name in ("workers", "threads") else 2**63 - 1
-        if not value >= least or isinstance(value, int) and value > most:
+        if not value >= least or isinstance(value, int) and value > most:  # NaN too
             bound = f"least {least}" if not value >= least else f"most {most}"
             raise ValueError(f"--{name.replace('_', '-')} must be at {bound}, not {value}")
 

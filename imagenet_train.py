@@ -298,10 +298,8 @@ def refuse_other_images(folder, count, classes):
     about = config.get("about")
     names = about.get("classes") if isinstance(about, dict) else config.get("classes")
     number = len(names) if isinstance(names, list) else names  # a run from before `about` wrote how many there were
-    if config.get("dataset") != "imagenet" or (config.get("images"), names) in (
-        (count, classes),
-        (count, len(classes)),
-    ):
+    same = config.get("images") == count and names in (classes, len(classes))
+    if same or config.get("dataset") != "imagenet":
         return
     differ = sorted({*map(str, names)} ^ {*classes}) if isinstance(names, list) else []
     raise ValueError(
@@ -440,7 +438,7 @@ def parse_flags():
         "--dataset",
         choices=("imagenet", "synthetic"),
         default="imagenet",
-        help="synthetic needs none (default imagenet)",
+        help="synthetic needs no files (default imagenet)",
     )
     add(
         "--data",
@@ -448,11 +446,11 @@ def parse_flags():
         help="where train/<class>/ and val/<class>/ lie (default data/imagenet)",
     )
     add("--augment", choices=data.AUGMENT, default="scale", help="scale is the papers' (default scale)")
-    add("--crop", type=int, default=224, metavar="N", help="pixels; every size scales along (default 224)")
+    add("--crop", type=int, default=224, metavar="N", help="pixels; all sizes scale with it (default 224)")
     add("--images", type=int, metavar="N", help="how many synthetic ones to train on (default 1000)")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: a process's cores but 2)")
     add = parser.add_argument_group("the recipe").add_argument
-    add("--epochs", type=int, default=90, metavar="N", help="the drops scale along (default 90)")
+    add("--epochs", type=int, default=90, metavar="N", help="the drops move too (default 90)")
     add(
         "--batch-size",
         type=int,

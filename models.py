@@ -15,8 +15,8 @@ UNITS_PER_STAGE = {  # ImageNet: [1] Table 1; [2] footnote 3 (200)
 
 
 def accept_batch_counts(layer, incompatible_keys):
-    """For a BN that has no num_batches_tracked: load_state_dict(strict=True) accepts a dict that has it all the same.
-    (torch itself puts it in when a plain dict lacks it.)"""
+    """A hook for a BN without num_batches_tracked: load_state_dict(strict=True) also accepts a dict that has this key.
+    (torch itself adds it to a plain dict.)"""
     keys = incompatible_keys.unexpected_keys
     keys[:] = [key for key in keys if not key.endswith("num_batches_tracked")]
 

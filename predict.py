@@ -108,9 +108,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="FROM", help="a run's folder or a file of weights")
     parser.add_argument("pictures", metavar="PICTURE", nargs="+")
-    parser.add_argument("--layout", choices=weights.LAYOUTS, help="what FROM cannot tell; see weights.py --help")
+    parser.add_argument("--layout", choices=weights.LAYOUTS, help="what FROM does not tell; see weights.py --help")
     parser.add_argument("--test", choices=data.PROTOCOLS, help="the views of a picture (default 1-crop)")
-    parser.add_argument("--json", action="store_true", help="an object a line and a picture, for programs")
+    parser.add_argument("--json", action="store_true", help="one JSON object per picture, each on a line")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
     args = parser.parse_args()
     checkpoint.prepare_streams()
@@ -120,7 +120,7 @@ def main():
             raise ValueError(f"{args.source} looks like a picture: the run or the file of weights comes first")
         if is_detector(args.source):
             if args.layout or args.test:
-                raise ValueError(f"{args.source} is a detector, which goes without --layout and --test")
+                raise ValueError(f"{args.source} is a detector, and --layout and --test are for nets that classify")
             from detection import of_run  # all of torchvision's, which takes a while
 
             run, state = checkpoint.read_run(args.source)

@@ -72,8 +72,8 @@ Written by `python propagation.py --depth {depth}`: an untrained net of each uni
 What to look for. The gradient flows from right to left and is shown as a multiple of its norm after the last unit.
 
 - **On the shortcuts alone (top).** Where the shortcut is an identity and nothing follows the addition, (c) to (e) of
-  Fig. 4, all of the gradient arrives; only the two units that change the shape change it. With 0.5 on (e)'s shortcut
-  every unit halves it, as eq. (8) says.
+  Fig. 4, every unit passes the gradient on unchanged, except the two that change the shape: they alone reduce it. With
+  0.5 on (e)'s shortcut every unit halves it, as eq. (8) says.
 - Fig. 2(b) has a ReLU after the addition, which blocks the gradient wherever the sum is negative: every unit takes more
   than half of it, and at a cross nothing is left. (The ReLU of the original unit blocks little, as its shortcut is
   positive and grows.) Gates at b_g = 0, dropout, 1x1 convolutions and BN on the way lose it too. Gates count as

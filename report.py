@@ -44,9 +44,9 @@ FIGURES = {
 SHORT = {
     "short": {},
     "short-long": {
-        "from original to 1-layer skips": ("original", "pre-activation, 1-layer skip"),
+        "from original to pre-activation, 1-layer skips": ("original", "pre-activation, 1-layer skip"),
         "from exclusive gating to a 1x1 conv shortcut": ("exclusive gating, b_g = -6", "1x1 conv shortcut"),
-        "from exclusive gating to 1-layer skips": ("exclusive gating, b_g = -6", "pre-activation, 1-layer skip"),
+        "... to pre-activation, 1-layer skips": ("exclusive gating, b_g = -6", "pre-activation, 1-layer skip"),
     },
     "short-depth": {
         "plain nets, from 20 to 56 layers": ("plain-20", "plain-56"),
@@ -332,10 +332,10 @@ def compare_orders(rows):
 
 def short_note(rows):
     """The line above the short schedule's table: what it is, and how many of the papers' orders it shows."""
-    text = "1,600 iterations instead of 64,000: compare the order, not the errors"
+    text = "1,600 iterations instead of 64,000, so compare the order, not the errors"
     if compared := compare_orders(rows):
         yes, no, unsure = (sum(line.count(verdict) for line in compared[0]) for verdict in "✓✗?")
-        text += f".\nOf {yes + no + unsure} pairs of units {yes} are in the papers' order, {no} in the opposite one,\n"
+        text += f".\nOf {yes + no + unsure} pairs of units, {yes} are in the papers' order, {no} in the opposite one,\n"
         text += f"and {unsure} are too close to tell"
     return text + "."
 
@@ -353,14 +353,14 @@ def short_orders(rows):
         medians = [statistics.median(losses[label]) for label in three]
         numbers = ", ".join(f"{label} {median:.2f}" for label, median in zip(three, medians, strict=True))
         order = "the papers' order" if medians == sorted(medians) else "**not** the papers' order"
-        text = [f"Median training loss: {numbers}: {order}.", ""]
+        text = [f"Median training loss: {numbers}. This is {order}.", ""]
     return [
         *text,
-        "Below, ✓ marks a pair of units whose order by test error is the papers', ✗ one whose order is the",
-        "opposite, and ? one that cannot be told. An order can be told where the means of n and m runs differ",
-        f"by more than 2 s sqrt(1/n + 1/m). Here s = {s:.2f} % is the standard deviation of a row's runs, pooled",
+        "Below, ✓ marks a pair of units whose test errors are in the papers' order, ✗ one in the opposite order, and ?",
+        "one too close to tell. The order is told where the means of n and m runs differ",
+        f"by more than 2 s sqrt(1/n + 1/m). Here s = {s:.2f} points is the standard deviation of a row's runs, pooled",
         f"over the {n} rows that have two or more and taken to be the same for all. Of twenty pairs that do not",
-        "differ, about one would still be marked ✓ or ✗.",
+        "differ, about one would still be marked ✓ or ✗. Two units that fail in the papers have no order.",
         "",
         *markdown("| lower in the papers | n |" + "".join(f" {i + 1} |" for i in range(len(lines))), lines),
     ]
@@ -385,7 +385,7 @@ def runs_of(tag, rows):
     for cell in filled if tag not in SHORT else ():
         median = statistics.median(values_of(rows[cell["run"]], cell["metric"]) or [math.nan])
         numbers = re.findall(r"[\d.]+", cell["paper"])  # of "6.43 (6.61±0.16)", the lowest of 5 runs, take the mean
-        difference = median - float(numbers["lowest" in cell["row"]]) if numbers else 0
+        difference = median - float(numbers[1 if "lowest" in cell["row"] else 0]) if numbers else 0
         label = cell["row"] + (f", {cell['column']}" if re.search("top|@", cell["metric"]) else "")
         if abs(difference) > 0.5:
             far.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
@@ -393,11 +393,11 @@ def runs_of(tag, rows):
             far.append(f"{label} ({median:.2f} instead of a failure)")
     lines = markdown("| runs | n | precision | hours each | peak memory, GB |", lines)
     if gains:
-        gain = f"{statistics.mean(gains):.2f} % above the lowest of a run's evaluations"
+        gain = f"{statistics.mean(gains):.2f} points above the lowest of a run's evaluations"
         gain += f", on average over {len(gains)} runs" if len(gains) > 1 else ""
         lines += ["", f"The table shows the error after the last iteration. It is {gain}."]
     if far:
-        lines += ["", "More than 0.5 % from the paper: " + "; ".join(far) + "."]
+        lines += ["", "More than 0.5 points from the paper: " + "; ".join(far) + "."]
     return lines
 
 
@@ -583,15 +583,15 @@ def with_headline(text, rows):
     lines = ["None of the papers' nets has been run on its full schedule of 64,000 iterations yet."]
     if nets:
         lines = markdown("| test error of the papers' nets, full schedule, % | paper | ours |", nets.values())
-    lines += ["", "All units [in an evening on 2 CPU cores](results/README.md#the-short-schedule):", short_note(rows)]
+    lines += ["", "All units [in an evening on 2 CPU cores](results/README.md#the-short-schedule).", short_note(rows)]
     lines += ["", "![test error of each unit](results/short.svg)"]
     for tag, what, section in (
         ("short-depth", "Depth", "degradation-in-miniature-1-figs-1-and-6"),
-        ("short-1001", "Full pre-activation", "1001-layers-on-a-laptop-2-fig-1-right"),
+        ("short-1001", "Full pre-activation", "1001-layers-on-2-cpu-cores-2-fig-1-right"),
     ):
         if differences := short_differences(rows, tag):
             link = f"results/README.md#{section}"
-            lines += ["", f"{what} [on the same schedule]({link}), short for deep nets:", *differences]
+            lines += ["", f"{what} [on the same schedule]({link}), too short for deep nets:", *differences]
     before, _, rest = text.partition(START)
     return "\n".join([before + START, *lines, END + rest.partition(END)[2]])
 
@@ -648,16 +648,19 @@ def main():
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be text
     logs = []
     for folder in args.runs:
-        problem = "it has no log.csv: a run writes its first row after a thirtieth of its iterations, an average none"
+        problem = None
         try:
             if os.path.isfile(folder / "log.csv"):
                 logs.append(read_log(folder))
-                continue
-            problem = problem if os.path.isdir(folder) else "there is no such folder"
+            elif os.path.isdir(folder):
+                problem = "it has no log.csv: a run begins it after 1/32 of its iterations, an average has none"
+            else:
+                problem = "there is no such folder"
         except Exception as error:  # a folder may hold anything
             problem = f"{type(error).__name__}: {error}"
-        print(f"report.py: {folder}: {problem}", file=sys.stderr)
-        return 2
+        if problem:
+            print(f"report.py: {folder}: {problem}", file=sys.stderr)
+            return 2
     try:
         print(*([draw_runs(args.runs, logs)] if logs else [*write_pages(), f"wrote {RESULTS / 'README.md'}"]), sep="\n")
     except OSError as error:

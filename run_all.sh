@@ -17,7 +17,7 @@
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's number is the test error in %; [2] says "fail" above 20 %, and "-" stands where the paper reports none.
 # In [2] every number is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
-# [1] warms up ResNet-110 alone, [2] every net; --warmup 0 says so. It is our choice that ResNet-1202, and plain-110 in
+# [1] warms up ResNet-110 alone, [2] every net; [1]'s other nets have --warmup 0. It is our choice that ResNet-1202, and plain-110 in
 # both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error, under the
 # protocol of the row's first table (--test; the single crop of 224 is always evaluated).
 
@@ -132,7 +132,7 @@ rows="
 2-section5                           -          1      imagenet/101-dropout-shortcut            --depth 101 --unit bottleneck-dropout-shortcut
 
 # The weights that detectors begin from: see docs/detection.md
-# [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), which should be high
+# [1] Table 7: detection, PASCAL VOC 2007 test, trained on 07+12: mAP in % (11-point), higher is better
 1-table7                             73.2       1      voc/vgg16                                --vgg --weights vgg16-397923af.pth
 1-table7                             76.4       1      voc/101                                  --weights R-101.pkl
 
@@ -306,7 +306,7 @@ quoted() { # the words as one line that a shell reads back as they are
 }
 
 [ ${#order[@]} != 0 ] || {
-    echo "SHARD=$shard is none of these ${#runs[@]} runs"
+    echo "SHARD=$shard selects none of the ${#runs[@]} runs"
     exit
 }
 if [ -n "${LIST:-}" ]; then

@@ -1029,7 +1029,7 @@ def test_objects_in_pictures(start, quick, tmp_path):
     status, printed = start("run", "a.png", "--json", "--device", "cpu", script=predict)
     name, score, box = json.loads(printed)["objects"][0]
     assert (status, name, len(box)) == (0, "ring", 4) and score > 0.99
-    assert "goes without --layout and --test" in start("run", "a.png", "--test", "10-crop", script=predict)[1]
+    assert "are for nets that classify" in start("run", "a.png", "--test", "10-crop", script=predict)[1]
 
 
 # Training
@@ -1290,14 +1290,14 @@ BAD = [
     ("--depth 19", "depth 19 is impossible"),
     ("--vgg", "--vgg goes with --weights"),
     ("--width 0", "--width must be at least 1"),
-    ("--width 16 --weights x", "--width goes without --weights"),
+    ("--width 16 --weights x", "--width cannot be combined with --weights"),
     ("--vgg --weights x --depth 50", "--vgg goes with --weights"),
     ("--vgg --weights nowhere.pth", "there is no nowhere.pth: docs/detection.md says"),
     ("--compile", "--compile: images have many sizes"),
     ("--weights nowhere.pth --dataset synthetic --images 1", "nowhere.pth: weights come from"),
     ("--data nowhere --train 07", "VOC2007/ImageSets/Main/trainval.txt"),
     ("--evaluate nowhere", "there is no run in nowhere"),
-    ("--evaluate nowhere --short 64", "--evaluate goes without --short"),
+    ("--evaluate nowhere --short 64", "--evaluate cannot be combined with --short"),
     ("--batch-size 2 --regions 3", "unrecognized arguments"),
     ("--test refine,5-scale", "--test 5-scale is none of baseline, refine, multi-scale"),
     ("--train 2017", "--train 2017 is no part of voc"),

@@ -110,7 +110,7 @@ def gpu(monkeypatch):
         graphed, enter = training.graphed, training.Training.__enter__
 
         def begin(run):
-            run.is_graph = False  # as it begins on a GPU
+            run.try_graph = True  # as it begins on a GPU
             return enter(run)
 
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
@@ -127,7 +127,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("script, words", SCRIPTS)
 def test_replayed_steps_give_the_bits_of_plain_ones(script, words, start, gpu, monkeypatch):
-    """Over two sittings, each of which captures at its first batch, and with the host two iterations ahead at most."""
+    """Over two sessions, each of which captures at its first batch, and with the host two iterations ahead at most."""
     words = [*words, "--device", "cpu"]
     assert start(*words, "--out", "plain", script=script)[0] == 0
     seen = gpu()

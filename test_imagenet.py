@@ -356,7 +356,7 @@ def test_a_run_and_its_folder(start, monkeypatch):
     status, again = start("--evaluate", "run", "--out", "run", "--device", "cpu")
     assert status == 2 and "--out run is the folder of a training run" in again
     status, again = start("--evaluate", "run", "--crop=64", "--precision", "float32")
-    assert status == 2 and "--evaluate goes without --crop, --precision" in again
+    assert status == 2 and "--evaluate cannot be combined with --crop, --precision" in again
     found["iterations"] = [3]  # as if evaluated in the middle of training
     pathlib.Path("run/1-crop.json").write_text(json.dumps(found | {"top1": 0.0}))
     assert start(*TINY, "--out", "run", "--test", "1-crop")[0] == 0

@@ -112,7 +112,7 @@ def test_one_run(results):
     page = results.page()
     assert "| original, Fig. 2(a) | 6.61 | 7.00 (n = 1) |" in page  # the last iterate's
     assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
-    assert "The table shows the error after the last iteration. It is 0.25 % above the lowest of a run's ev" in page
+    assert "The table shows the error after the last iteration. It is 0.25 points above the lowest of a run's ev" in page
     assert "on average" not in page
     assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
     assert "More than 0.5 %" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs
@@ -134,7 +134,7 @@ def test_five_seeds_and_a_diverged_one(results):
     failed = "| fail | fail (90.00, 76.25 ± 19.45, n = 3, 1 diverged) |"
     assert f"| dropout shortcut, Fig. 2(f): dropout 0.5 {failed}" in page
     assert "| 5.93 | diverged (n = 1, 1 diverged) |" in page
-    assert "It is 0.00 % above the lowest of a run's evaluations, on average over 5 runs." in page
+    assert "It is 0.00 points above the lowest of a run's evaluations, on average over 5 runs." in page
     assert "b_g = -3 (9.00 instead of a failure)" in page and "original, Fig. 4(a) (diverged)" in page
     nets = re.findall(r"^\| cifar10/(\S+) \|", results.readme(), re.MULTILINE)
     assert nets == ["110-exclusive-gating-3", "110-dropout-shortcut", "164", "110-preact"]  # as in the tables
@@ -234,9 +234,9 @@ def test_orderings_of_the_short_schedule(results):
     results("short/38-dropout-shortcut/seed1", None)
     report.main()
     page = results.page()
-    note = "Of 27 pairs of units 14 are in the papers' order, 2 in the opposite one,\nand 11 are too close to tell.\n"
+    note = "Of 27 pairs of units, 14 are in the papers' order, 2 in the opposite one,\nand 11 are too close to tell.\n"
     assert note in page and note in results.readme()
-    assert "s = 1.00 %" in page and "over the 6 rows that have two or more" in page
+    assert "s = 1.00 points" in page and "over the 6 rows that have two or more" in page
     for line in (
         "| lower in the papers | n | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |",
         "| 1 full pre-activation | 3 |  | ✓ | ? | ✓ | ✓ | ✓ | ✓ | ✓ |",
@@ -245,7 +245,7 @@ def test_orderings_of_the_short_schedule(results):
         "| 7 dropout shortcut | 1 |  |  |  |  |  |  |  |  |",
     ):
         assert line in page, line
-    assert "full pre-activation 0.50, original 0.50, plain 0.50: the papers' order." in page
+    assert "full pre-activation 0.50, original 0.50, plain 0.50. This is the papers' order." in page
 
 
 def test_degradation_and_depth_on_the_short_schedule(results):

@@ -357,7 +357,7 @@ def test_a_call_that_starts_nothing_says_so(fake):
     assert run("cifar10/20")[0] == 0
     assert run("cifar10/20") == (0, '1 of 1 runs have a result; SEEDS="6 7 8" or OUT=DIR makes others\n', "")
     for variables in ({}, {"LIST": "1"}):
-        assert run("cifar10/20", SHARD="2/2", **variables) == (0, "SHARD=2/2 is none of these 1 runs\n", "")
+        assert run("cifar10/20", SHARD="2/2", **variables) == (0, "SHARD=2/2 selects none of the 1 runs\n", "")
     assert len(fake.calls()) == 1
     status, output, errors = run("imagenet/50", LAUNCH="no-such-program")
     assert (status, output) == (2, "") and "there is no no-such-program: activate the environment" in errors

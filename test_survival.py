@@ -169,7 +169,7 @@ def table(request):
     if TABLE:
         rows = "".join(f"| {what} | {passed} of {of} | {seen} |\n" for what, of, passed, seen in TABLE)
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n\n| what happened | survived | of that |\n|---|---|---|\n{rows}")
+            print(f"\n\n| what happened | survived | details |\n|---|---|---|\n{rows}")
 
 
 @pytest.fixture
@@ -367,7 +367,8 @@ def test_kill_at_random_moments(fork, undisturbed, tmp_path, report):
         return equal(complete(fork, out), undisturbed) and "damaged" not in printed(out), seen
 
     outcomes, seen = zip(*two_at_a_time(one, 50), strict=True)
-    report("`kill -9` at a random moment", outcomes, f"killed while {tally(sum(seen, []))}; no file unreadable")
+    kills = sum(seen, [])
+    report("`kill -9` at a random moment", outcomes, f"killed {len(kills)} times: {tally(kills)}; no file unreadable")
 
 
 @pytest.mark.slow
@@ -385,7 +386,7 @@ def test_stop_at_random_moments(fork, undisturbed, tmp_path, report):
         return good and equal(complete(fork, out), undisturbed), now
 
     outcomes, seen = zip(*two_at_a_time(one, 20), strict=True)
-    report("SIGTERM at a random moment", outcomes, f"stopped within 20 s while {tally(seen)}")
+    report("SIGTERM at a random moment", outcomes, f"stopped within 20 s: {tally(seen)}")
 
 
 def two_processes(fork, out, **options):
@@ -531,7 +532,9 @@ def read_all(folder, files):
     for file in files:
         newest.write_bytes(file)
         loaded = checkpoint.load(folder)
-        outcomes.append("equal" if equal(loaded, saved[0]) else "refused" if equal(loaded, saved[1]) else "DIFFERENT")
+        outcomes.append(
+            "unchanged" if equal(loaded, saved[0]) else "refused" if equal(loaded, saved[1]) else "DIFFERENT"
+        )
         if outcomes[-1] == "refused":
             previous.write_bytes(file)
             with pytest.raises(ValueError, match="no checkpoint can be read"):
@@ -561,9 +564,9 @@ def test_damaged_checkpoint_is_not_used(world_of_one, tmp_path):
     at = whole.index(torch.full((1,), 2.0).numpy().tobytes() * 8)  # within the weights
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
     assert read_all(tmp_path, [flipped]) == ["refused"]
-    assert set(read_all(tmp_path, damaged(whole, random.Random(0), 3))) <= {"refused", "equal"}
+    assert set(read_all(tmp_path, damaged(whole, random.Random(0), 3))) <= {"refused", "unchanged"}
     newest.write_bytes(flipped)
-    run.whole = False  # a new sitting: what is damaged must not take the place of what is whole
+    run.whole = False  # a new session: what is damaged must not take the place of what is whole
     run.save({"iteration": 3, "model": {}})
     assert checkpoint.load(tmp_path)["iteration"] == 3
     newest.write_bytes(b"")
@@ -577,7 +580,7 @@ def test_nothing_in_a_checkpoint_is_executed(world_of_one, tmp_path):
     two_checkpoints(tmp_path)
     assert set(read_all(tmp_path, malicious(mark))) == {"refused"} and not mark.exists()
     whole = (tmp_path / "checkpoint.pt").read_bytes()
-    assert set(read_all(tmp_path, outside(whole, mark))) <= {"refused", "equal"} and not mark.exists()
+    assert set(read_all(tmp_path, outside(whole, mark))) <= {"refused", "unchanged"} and not mark.exists()
     assert not list(tmp_path.parent.glob("**/evil"))
     for file in malicious(mark):  # they do what they are said to do
         with contextlib.suppress(RuntimeError):

@@ -617,7 +617,7 @@ def test_evaluating_an_unnamed_run_is_not_training(start):
     status, printed = start("--evaluate", "")
     assert status == 2 and "config.json" in printed and not os.path.exists("runs")
     status, printed = start("--evaluate", "run", "--depth=20", "--val-split", 8)
-    assert status == 2 and "--evaluate goes without --depth, --val-split" in printed
+    assert status == 2 and "--evaluate cannot be combined with --depth, --val-split" in printed
     pathlib.Path("afile").write_text("")
     status, printed = start(*TINY, "--out", "afile")
     assert status == 2 and "afile is a file, and a run needs a folder" in printed

@@ -561,21 +561,21 @@ def test_weights_that_contradict(start, tmp_path):
     cifar = [
         ("--weights before --depth 14", "--depth contradicts --weights: before is basic-preact, depth 8"),
         ("--weights before --unit basic", "--unit contradicts --weights"),
-        ("--weights before --unit-arg option=B", "goes without --weights"),
-        ("--weights before --fan-in", "--fan-in goes without --weights"),
+        ("--weights before --unit-arg option=B", "cannot be combined with --weights"),
+        ("--weights before --fan-in", "--fan-in cannot be combined with --weights"),
         ("--weights large.pth", "imagenet_train.py takes it"),
         ("--evaluate large.pth", "imagenet_train.py takes it"),
         ("--weights nowhere", "nowhere: weights come from"),
         ("--layout msra", "--layout goes with --weights"),
         ("--weights before --layout msra", "begins with conv1_w"),
-        ("--evaluate before/checkpoint.pt --dataset cifar100", "10 classes, as --dataset cifar100 has not"),
+        ("--evaluate before/checkpoint.pt --dataset cifar100", "10 classes, unlike --dataset cifar100"),
     ]
     imagenet = [
         ("--weights before", "cifar_train.py takes it"),
         ("--evaluate before/checkpoint.pt", "cifar_train.py takes it"),
         ("--weights large.pth --preact", "--preact contradicts --weights: large.pth is basic, depth 18"),
-        ("--evaluate large.pth --recompute-bn 8", "--evaluate goes without --recompute-bn"),
-        ("--evaluate before --layout ours", "--evaluate goes without --layout"),
+        ("--evaluate large.pth --recompute-bn 8", "--evaluate cannot be combined with --recompute-bn"),
+        ("--evaluate before --layout ours", "--evaluate cannot be combined with --layout"),
     ]
     for script, cases in ((cifar_train, cifar), (imagenet_train, imagenet)):
         for words, message in cases:

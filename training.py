@@ -62,11 +62,12 @@ def classification(net, images, labels):
 
 
 def flatten(net):
-    """Lay out flat a net's gradients and the running statistics of its BN layers, so that one operation reaches all.
+    """Put a net's gradients and its BN layers' running statistics into flat tensors, so that one operation reaches all.
 
-    Returns `shared`, of gradients + statistics + 2 elements, whose head every trained parameter's `.grad` is a view of
-    from now on (with the parameter's strides: fused SGD on a CPU is silently wrong where they differ), and `running`,
-    whose views the statistics are. A step averages statistics, loss and error in the rest of `shared`.
+    Returns `shared`, of gradients + statistics + 2 elements, and `running`. From now on every trained parameter's .grad
+    is a view of the head of `shared` (with the parameter's strides: fused SGD on a CPU is silently wrong where they
+    differ), and the statistics are views of `running`. The rest of `shared` is where a step averages statistics, loss
+    and error.
     """
     layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var)]
@@ -99,7 +100,7 @@ def sgd(net, lr, nesterov=False, decay_all=False, weight_decay=WEIGHT_DECAY):
 
 class Precision:
     """A context in which a net computes in "float32", "tf32", "bf16" or "fp16"; it may be entered again and again.
-    TF32 stays as it was set when the context is left, so that backward passes have it too."""
+    Leaving it does not reset TF32, so that backward passes use TF32 too."""
 
     def __init__(self, name, device):
         needs = {"float32": (0, 0), "tf32": (8, 0), "bf16": (8, 0), "fp16": (7, 0)}[name]
@@ -142,7 +143,7 @@ def graphed(iterate, draws, state, reason=None, timeout=math.inf):
 
     iterate: a function of draws, a list of tensors of constant shapes. state: the tensors that it changes; the warm-up
     before a capture changes them too, so they are put back. With a reason why there can be no graph, or where the
-    capture fails, it says so and returns `iterate` itself. That a capture is legal no GPU has confirmed yet.
+    capture fails, it says so and returns `iterate` itself. No GPU has run a capture yet.
     timeout: seconds that a replay waits for the one before the last, as NCCL's watchdog does not see what is captured.
     """
     if not reason:
@@ -227,10 +228,11 @@ def rows_at(iterations, trained, evaluated):
     trained: images in all iterations. evaluated: images in one evaluation.
     """
     every = -(-iterations // 32)
-    most_but_one = iterations - (every + 1) // 2  # so that the last row's means are of half as many iterations or more
-    rows = [*range(every, most_but_one + 1, every), iterations]
-    most = max(1, int(0.1 * 3 * trained / evaluated))
-    return {*rows}, {*rows[:: -math.ceil(len(rows) / most)]}
+    latest = iterations - (every + 1) // 2  # of the last row but one: the last covers half as many iterations or more
+    rows = [*range(every, latest + 1, every), iterations]
+    evaluations = max(1, int(0.1 * 3 * trained / evaluated))
+    apart = math.ceil(len(rows) / evaluations)
+    return {*rows}, {*rows[::-apart]}  # every so many rows, counted from the last
 
 
 class Diverged(Exception):
@@ -276,7 +278,7 @@ class Training:
             batches = micro_batches(draws)
             step(net, objective, batches, self.shared, self.running, self.optimizer, self.scaler, precision)
 
-        self.compute, self.precision, self.is_graph = compute, precision, device.type != "cuda" or not graph
+        self.compute, self.precision, self.try_graph = compute, precision, graph and device.type == "cuda"
         # not torch.manual_seed, which seeds every kind of device and takes the host a hundred times as long
         self.generator = torch.default_generator
         if device.type == "cuda":
@@ -298,7 +300,7 @@ class Training:
                 self.iteration, self.rows, seconds = state["iteration"], state["rows"], state["seconds"]
                 self.waited = state.get("waited", 0.0)
         checkpoint.agree(args.out, self.iteration)
-        self.began = time.monotonic() - seconds  # so that the clock counts all sittings
+        self.began = time.monotonic() - seconds  # so that the clock counts all sessions
         self.saved = time.monotonic()
 
     def __enter__(self):
@@ -415,11 +417,11 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
         self.generator.manual_seed(mix(self.args.seed, self.iteration, dist.get_rank()))  # for dropout
-        if not self.is_graph:
+        if self.try_graph:
             reason = "fp16" if self.args.precision == "fp16" else "dropout" if "dropout" in self.args.unit else None
             timeout = self.args.timeout if dist.get_world_size() > 1 else math.inf
             self.compute = graphed(self.compute, draws, self.changing(), reason, timeout)
-            self.is_graph = True
+            self.try_graph = False
         self.compute(draws)
         self.sums[:2] += self.shared[-2:]
         if self.iteration >= self.iterations - self.tail:

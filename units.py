@@ -342,8 +342,8 @@ class ConstantScaling:
 
 class Gating:
     """The gate of the next two mixins, g(x) = sigmoid(W_g x + b_g): a 1x1 convolution of the unit's input, with the
-    unit's stride and as many outputs. [2] leaves open whether BN follows it, as it does the others: with gate_bn it
-    does, and b_g is that BN's bias."""
+    unit's stride and as many outputs. [2] leaves open whether BN follows it, as it follows the other convolutions: with
+    gate_bn it does, and b_g is that BN's bias."""
 
     def __init__(self, in_channels, channels, stride=1, gate_bias=-6.0, gate_bn=False, **body):
         super().__init__(in_channels, channels, stride, **body)

@@ -124,6 +124,8 @@ def read(path):
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values; nothing of it was executed"
         ) from None
+    except ImportError:
+        raise ValueError(f"{path} can only be read with safetensors: pip install safetensors") from None
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} holds no weights, or is damaged ({type(error).__name__} {error})") from None
 
@@ -159,10 +161,8 @@ class Array:
 
 
 def read_safetensors(path):
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ValueError("pip install safetensors reads it") from None
+    from safetensors import safe_open  # optional
+
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         about = json.loads((file.metadata() or {}).get("about", "null"))
@@ -375,7 +375,7 @@ def main():
     parser.add_argument("source", metavar="FROM", help="a run's folder or a file")
     parser.add_argument("target", metavar="TO", help="a new file: .pth or .safetensors")
     layouts = "; ".join(f"{name}: {words}" for name, (words, _, _) in LAYOUTS.items())
-    parser.add_argument("--layout", choices=LAYOUTS, help=f"what FROM cannot tell ({layouts})")
+    parser.add_argument("--layout", choices=LAYOUTS, help=f"what FROM does not tell ({layouts})")
     parser.add_argument("--to", choices=("ours", "torchvision"), default="ours", help="the names in TO (default ours)")
     args = parser.parse_args()
     checkpoint.prepare_streams()

@@ -75,6 +75,7 @@ def start_processes(device, timeout=600):
             raise ValueError(f"process {local} of this machine needs a GPU of its own, and torch sees {gpus}")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+        check_gpu(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
     # NCCL, which ends a process without a word, waits a minute longer than gloo, which says what happened.
@@ -94,6 +95,15 @@ def start_processes(device, timeout=600):
             ) from None
         raise ValueError(f"the processes did not find each other: {error}") from None
     return torch.device(device)
+
+
+def check_gpu(device):
+    """Raises ValueError when torch cannot compute on a GPU, such as one that is too old for it."""
+    try:
+        torch.ones(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"torch cannot compute on {device} ({reason}): choose --device cpu") from None
 
 
 def end_processes():

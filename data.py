@@ -526,6 +526,8 @@ def load_views(images, view, stack, batches, workers, device, start_worker):
             yield [part.pin_memory() if pinned and torch.is_tensor(part) else part for part in make(keys)]
         return
     try:
+        if isinstance(images, ImageFiles):
+            jpeg_decoder()  # imported here, so that the workers share it
         for number in range(workers):
             own = itertools.islice(batches, number, None, workers)
             process, pipe = fork_worker(number, start_worker, make, own)

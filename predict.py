@@ -116,6 +116,8 @@ def main():
     checkpoint.prepare_streams()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
+        if device == "cuda":
+            checkpoint.check_gpu(device)
         if data.is_picture(args.source) and not pathlib.Path(args.source).is_dir():
             raise ValueError(f"{args.source} looks like a picture: the run or the file of weights comes first")
         if is_detector(args.source):

@@ -403,6 +403,7 @@ trap 'stopped=130' INT
 trap 'stopped=143' TERM
 stopped= pids=() cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}"
+[ "$jobs" = 1 ] || export LOCAL_WORLD_SIZE=$jobs # a job has that part of the cores for what decodes and compiles
 for r in "${todo[@]}"; do
     [[ ${runs[r]} != *--evaluate* ]] || wait_while running # an average waits for the runs before it
     wait_while full

@@ -112,7 +112,7 @@ def test_one_run(results):
     page = results.page()
     assert "| original, Fig. 2(a) | 6.61 | 7.00 (n = 1) |" in page  # the last iterate's
     assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
-    assert "The table shows the error after the last iteration. It is 0.25 points above the lowest of a run's ev" in page
+    assert "The table shows the error after the last iteration. It is 0.25 points above the lowest" in page
     assert "on average" not in page
     assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
     assert "More than 0.5 %" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs

@@ -409,10 +409,11 @@ def test_runs_are_spread_over_the_gpus(fake, variables, expected):
     jobs = int(variables.get("JOBS", 1))
     fake.program("nvidia-smi", 'printf "0\\n1\\n2\\n"')
     wait = f'for i in {{1..200}}; do [ "$(wc -l < gpus)" -ge {jobs} ] && break; sleep 0.05; done\n'
-    run = fake('echo "$CUDA_VISIBLE_DEVICES" >> gpus\n' + wait + FINISH)
+    run = fake('echo "$CUDA_VISIBLE_DEVICES ${LOCAL_WORLD_SIZE-1}" >> gpus\n' + wait + FINISH)
     assert run("1-fig6", "1-table6", SEEDS="1", **variables)[0] == 0
-    gpus = (fake.folder / "gpus").read_text().splitlines()
-    assert {*gpus[:jobs]} == {*gpus} == expected
+    lines = [line.split(" ") for line in (fake.folder / "gpus").read_text().splitlines()]
+    gpus = [gpu for gpu, _ in lines]
+    assert {*gpus[:jobs]} == {*gpus} == expected and {share for _, share in lines} == {str(jobs)}
 
 
 def test_a_machine_without_gpus_and_rows_that_launch_starts(fake):

@@ -264,7 +264,7 @@ def measure(start, monkeypatch):
     return run
 
 
-STEP = "step --depth 8 --batch-size 2 --pairs 3 --json".split()
+STEP = "step --depth 8 --batch-size 2 --pairs 3 --json --device cpu".split()
 
 
 def test_ratios_of_pairs(measure):

@@ -16,7 +16,7 @@
 #
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's number is the test error in %; [2] says "fail" above 20 %, and "-" stands where the paper reports none.
-# In [2] every number is the median of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
+# In [2] CIFAR's numbers are medians of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
 # [1] warms up ResNet-110 alone, [2] every net; [1]'s other nets have --warmup 0. It is our choice that ResNet-1202, and plain-110 in
 # both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error, under the
 # protocol of the row's first table (--test; the single crop of 224 is always evaluated).
@@ -121,7 +121,7 @@ rows="
 2-table5                             21.1,5.5   1      imagenet/152-preact                      --depth 152 --unit bottleneck-preact --test 1-crop-320
 2-table5                             21.8,6.0   1      imagenet/200                             --depth 200 --unit bottleneck --test 1-crop-320
 2-table5                             20.7,5.3   1      imagenet/200-preact                      --depth 200 --unit bottleneck-preact --test 1-crop-320
-2-table5                             20.1,4.8   1      imagenet/200-preact-scale-aspect         --depth 200 --unit bottleneck-preact --augment scale-aspect --test 1-crop-320
+2-table5                             20.1,4.8   1      imagenet/200-preact-stride-on-3x3-scale-aspect --depth 200 --unit bottleneck-preact-stride-on-3x3 --augment scale-aspect --test 1-crop-320
 
 # [2] Section 5: ResNet-101 on a single crop of 224; the authors halted those with other shortcuts
 2-section5                           24.6,7.5   1      imagenet/101-bn-after-add                --depth 101 --unit bottleneck-bn-after-add

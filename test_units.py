@@ -41,6 +41,7 @@ PANELS = {
     "bottleneck-relu-before-add": "conv1x1 bn relu conv3x3 bn relu conv1x1 bn relu +",
     "bottleneck-relu-preact": "relu conv1x1 bn relu conv3x3 bn relu conv1x1 bn +",
     "bottleneck-preact": "bn relu conv1x1 bn relu conv3x3 bn relu conv1x1 +",
+    "bottleneck-preact-stride-on-3x3": "bn relu conv1x1 bn relu conv3x3 bn relu conv1x1 +",
     "bottleneck-constant-scaling": f"* {BOTTLENECK} * + relu",
     "bottleneck-exclusive-gating": f"conv1x1 sigmoid - * {BOTTLENECK} * + relu",
     "bottleneck-shortcut-gating": f"conv1x1 sigmoid - * {BOTTLENECK} + relu",
@@ -84,12 +85,14 @@ def test_shapes_and_attributes(name, stride):
     on_branch = [layer for n, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and n.startswith("conv")]
     assert len(on_branch) == unit.weights
     assert unit.expansion == {"basic": 1, "single": 1, "bottleneck": 4}[name.split("-")[0]]
-    preact = {"relu-preact": "relu", "preact": "bn-relu", "preact-raw-shortcut": "bn-relu"}
+    full = "preact", "preact-raw-shortcut", "preact-stride-on-3x3"
+    preact = {"relu-preact": "relu"} | dict.fromkeys(full, "bn-relu")
     assert unit.preact == preact.get(name.partition("-")[2])
     assert not any(layer.bias is not None for layer in on_branch)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert layers and all((layer.eps, layer.momentum, layer.affine) == (1e-5, 0.1, True) for layer in layers)
-    assert on_branch[0].stride == (stride, stride) and all(layer.stride == (1, 1) for layer in on_branch[1:])
+    strides = [layer.stride[0] for layer in on_branch]
+    assert strides.pop(name.endswith("stride-on-3x3")) == stride and {*strides} <= {1}
 
 
 @every_unit

@@ -299,6 +299,14 @@ class BottleneckPreAct(nn.Module):
         return h + self.residual(a)
 
 
+class BottleneckPreActStrideOn3x3(BottleneckPreAct):
+    """The unit of fb.resnet.torch's ResNet-200, the last row of [2] Table 5: its stride is on the 3x3."""
+
+    def __init__(self, in_channels, channels, stride=1, option="B"):
+        super().__init__(in_channels, channels, stride, option)
+        self.conv1.stride, self.conv2.stride = (1, 1), (stride, stride)
+
+
 class SinglePreAct(nn.Module):
     """Full pre-activation of one 3x3 convolution. [2] Table 3."""
 
@@ -453,6 +461,7 @@ UNITS = {
     "bottleneck-relu-before-add": BottleneckReLUBeforeAdd,
     "bottleneck-relu-preact": BottleneckReLUPreAct,
     "bottleneck-preact": BottleneckPreAct,
+    "bottleneck-preact-stride-on-3x3": BottleneckPreActStrideOn3x3,
     "bottleneck-constant-scaling": BottleneckConstantScaling,
     "bottleneck-exclusive-gating": BottleneckExclusiveGating,
     "bottleneck-shortcut-gating": BottleneckShortcutGating,
@@ -477,7 +486,7 @@ def arguments(unit):
 
 def operations(module):
     """The operations of a unit or net, read out of the module by torch.fx: {node: (operation, its constants, the nodes
-    it reads)} in the order in which they run. An identity is left out: what reads it reads what it reads."""
+    it reads)} in the order in which they run. Identities are left out: what reads one reads its input."""
     names = {"add": "+", "mul": "*", "sub": "-", "BatchNorm2d": "bn", "ReLU": "relu"}
     read, handed_on = {}, {}
     for node in fx.symbolic_trace(module).graph.nodes:
@@ -509,7 +518,7 @@ def summary(name):
     example = unit(x.shape[1], 16)
     shapes = " -> ".join("x".join(map(str, t.shape[1:])) for t in (x, example(x)))
     parameters = sum(p.numel() for p in example.parameters())
-    return f"{name:28}{order(example):72}{shapes:24}{parameters:>6,} parameters"
+    return f"{name:32}{order(example):72}{shapes:24}{parameters:>6,} parameters"
 
 
 def source(name):

@@ -53,7 +53,7 @@ class RPN(RegionProposalNetwork):
 
 
 class Head(RPNHead):
-    """The RPN's layers. Under autocast they alone compute in lower precision, not what makes boxes of their outputs."""
+    """The RPN's layers. Under autocast they compute in lower precision; what makes boxes of their outputs does not."""
 
     def forward(self, maps):
         return tuple([t.to(maps[0].dtype) for t in found] for found in super().forward(maps))
@@ -176,8 +176,8 @@ class Detector(nn.Module):
         return clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
 
     def pyramid(self, image, shorts, usual, size):
-        """[(map, its scale), ...] of an image, one for each of `shorts`, its shorter sides where the usual one is 600.
-        usual: that one's map, whose scale is 1. size: its image's (H, W)."""
+        """[(map, its scale), ...] of an image, one for each length of its shorter side in `shorts`; the usual one is 600.
+        usual: the map of that length, whose scale is 1. size: (H, W) of the image there."""
         maps, sizes = [], (self.transform.min_size, self.transform.max_size)
         for short in shorts:
             if short == SHORT:

@@ -356,8 +356,8 @@ def short_orders(rows):
         text = [f"Median training loss: {numbers}. This is {order}.", ""]
     return [
         *text,
-        "Below, ✓ marks a pair of units whose test errors are in the papers' order, ✗ one in the opposite order, and ?",
-        "one too close to tell. The order is told where the means of n and m runs differ",
+        "Below, ✓ marks a pair of units whose test errors are in the papers' order, ✗ one in the opposite order,",
+        "and ? one that is too close to tell: the means of its n and m runs do not differ",
         f"by more than 2 s sqrt(1/n + 1/m). Here s = {s:.2f} points is the standard deviation of a row's runs, pooled",
         f"over the {n} rows that have two or more and taken to be the same for all. Of twenty pairs that do not",
         "differ, about one would still be marked ✓ or ✗. Two units that fail in the papers have no order.",
@@ -653,7 +653,7 @@ def main():
             if os.path.isfile(folder / "log.csv"):
                 logs.append(read_log(folder))
             elif os.path.isdir(folder):
-                problem = "it has no log.csv: a run begins it after 1/32 of its iterations, an average has none"
+                problem = "it has no log.csv: a run begins it after 1/32 of its iterations; an average has none"
             else:
                 problem = "there is no such folder"
         except Exception as error:  # a folder may hold anything

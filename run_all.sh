@@ -17,9 +17,9 @@
 # [1] Deep Residual Learning for Image Recognition   [2] Identity Mappings in Deep Residual Networks
 # The paper's number is the test error in %; [2] says "fail" above 20 %, and "-" stands where the paper reports none.
 # In [2] CIFAR's numbers are medians of 5 runs; in [1] ResNet-110 was run 5 times (6.43 the lowest, 6.61 the mean).
-# [1] warms up ResNet-110 alone, [2] every net; [1]'s other nets have --warmup 0. It is our choice that ResNet-1202, and plain-110 in
-# both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error, under the
-# protocol of the row's first table (--test; the single crop of 224 is always evaluated).
+# [1] warms up ResNet-110 alone, [2] every net; [1]'s other nets have --warmup 0. It is our choice that ResNet-1202, and
+# plain-110 in both papers' tables, warm up too. On ImageNet the numbers are top-1 and, after the comma, top-5 error,
+# under the protocol of the row's first table (--test; the single crop of 224 is always evaluated).
 
 [ -n "${BASH_VERSION:-}" ] || {
     echo "run_all.sh: start it with bash, not sh" >&2

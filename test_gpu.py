@@ -259,7 +259,6 @@ def test_the_graph_is_gone_before_the_group_is_left(start, gpu, monkeypatch):
 
 def test_a_gpu_that_torch_cannot_compute_on(start, monkeypatch):
     """Such as one that is older than torch supports."""
-
     ones = torch.ones
 
     def fail(*size, device=None, **options):

@@ -115,7 +115,7 @@ def test_one_run(results):
     assert "The table shows the error after the last iteration. It is 0.25 points above the lowest" in page
     assert "on average" not in page
     assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
-    assert "More than 0.5 %" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs
+    assert "More than 0.5 points" not in page  # nor from [1]'s, whose 6.43 is the lowest of 5 runs
     assert results.drawn["2-fig3"] == 4 * (4 + 2) and results.drawn["2-fig1"] == 4
 
 
@@ -270,7 +270,7 @@ def test_degradation_and_depth_on_the_short_schedule(results):
     assert original.startswith("- 164 layers, ") and "test error +inf points (the paper: -0.47)" in original
     assert original.endswith(" (n = 1 and 1)")
     assert results.drawn["short-depth"] == 2 + 2 * 2 * 2 and results.drawn["short-1001"] == 4 + 3
-    assert "More than 0.5 %" not in page and "None of the papers' nets" in results.readme()
+    assert "More than 0.5 points" not in page and "None of the papers' nets" in results.readme()
 
 
 def test_the_short_rows_are_in_the_papers_order():

@@ -337,6 +337,14 @@ def test_weights_alone(ending, tmp_path, monkeypatch, capsys):
     assert status == 2 and "exists" in error
 
 
+def test_safetensors_that_are_not_installed(tmp_path, monkeypatch, capsys):
+    """The file is not called damaged."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "net.safetensors").write_bytes(b"whole")
+    status, (error,) = main(monkeypatch, capsys, tmp_path / "net.safetensors", tmp_path / "net.pth")
+    assert status == 2 and error.endswith("net.safetensors can only be read with safetensors: pip install safetensors")
+
+
 # Bad input
 
 

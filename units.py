@@ -300,7 +300,7 @@ class BottleneckPreAct(nn.Module):
 
 
 class BottleneckPreActStrideOn3x3(BottleneckPreAct):
-    """The unit of fb.resnet.torch's ResNet-200, the last row of [2] Table 5: its stride is on the 3x3."""
+    """The unit of fb.resnet.torch's ResNet-200 in [2] Table 5 (scale and aspect ratio): its stride is on the 3x3."""
 
     def __init__(self, in_channels, channels, stride=1, option="B"):
         super().__init__(in_channels, channels, stride, option)

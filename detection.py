@@ -176,7 +176,7 @@ class Detector(nn.Module):
         return clip_boxes_to_image(boxes, size)[:, 1:], scores.softmax(dim=1)[:, 1:]
 
     def pyramid(self, image, shorts, usual, size):
-        """[(map, its scale), ...] of an image, one for each length of its shorter side in `shorts`; the usual one is 600.
+        """[(map, its scale), ...] of an image, one for each length of its shorter side in `shorts`; 600 is usual.
         usual: the map of that length, whose scale is 1. size: (H, W) of the image there."""
         maps, sizes = [], (self.transform.min_size, self.transform.max_size)
         for short in shorts:

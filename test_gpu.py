@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import types
+import weakref
 
 import pytest
 import torch
@@ -192,6 +193,19 @@ def test_what_cannot_be_a_graph_says_so(start, gpu, world_of_one, capsys, monkey
     assert status == 0 and "without a CUDA graph: dropout\n" in printed and seen.captures == 0
 
 
+def test_a_captured_step_keeps_what_it_reads(gpu, monkeypatch):
+    """Or its memory would be another tensor's by the next replay."""
+    gpu()
+    graphs, images, weights = [], torch.ones(3), torch.zeros(3)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
+    read = weakref.ref(images)
+    step = training.graphed(lambda draws, images=images: weights.add_(images), [torch.ones(3)], [weights])
+    del images, graphs[0].iterate  # it knows addresses alone
+    assert read() is not None
+    del step
+    assert read() is None
+
+
 def test_a_replay_that_does_not_end(gpu):
     """Another process hangs, which NCCL's watchdog does not see in a graph."""
     seen, weights = gpu(), torch.zeros(3)
@@ -228,8 +242,6 @@ def test_one_of_several_processes_ends_without_the_others(start, monkeypatch, er
 
 def test_the_graph_is_gone_before_the_group_is_left(start, gpu, monkeypatch):
     """With a living graph it could not be left. However the run ends: by itself, by a signal, or by a lost picture."""
-    import weakref
-
     seen, graphs, leave = gpu(), [], dist.destroy_process_group
 
     def left():

@@ -143,7 +143,7 @@ def graphed(iterate, draws, state, reason=None, timeout=math.inf):
 
     iterate: a function of draws, a list of tensors of constant shapes. state: the tensors that it changes; the warm-up
     before a capture changes them too, so they are put back. With a reason why there can be no graph, or where the
-    capture fails, it says so and returns `iterate` itself. No GPU has run a capture yet.
+    capture fails, it says so and returns `iterate` itself.
     timeout: seconds that a replay waits for the one before the last, as NCCL's watchdog does not see what is captured.
     """
     if not reason:
@@ -178,6 +178,7 @@ def graphed(iterate, draws, state, reason=None, timeout=math.inf):
         ends[0].record()
         ends.reverse()
 
+    replay.iterate = iterate  # a graph knows addresses alone: what the iteration reads must live as long
     return replay
 
 

@@ -258,9 +258,12 @@ def ours(runs, metric="test error %", fails=False):
     notes.append(f"n = {len(values)}")
     if len(finite) < len(values):
         notes.append(f"{len(values) - len(finite)} diverged")
-    if runs[0]["precision"] != "float32":
-        notes.append(runs[0]["precision"])
-    return f"{text} ({', '.join(notes)})"
+    return f"{text} ({', '.join([*notes, *precision_of(runs)])})"
+
+
+def precision_of(runs):
+    """The precision of a row's runs, as a list that is empty where it is the papers'."""
+    return [name for name in (runs[0]["precision"],) if name != "float32"]
 
 
 def ours_beside(cell, rows):
@@ -377,7 +380,9 @@ def runs_of(tag, rows):
         runs = rows[name]
         hours = statistics.median(run["seconds"] for run in runs) / 3600
         memory = max(run["peak_memory"] for run in runs) / 1e9
-        lines.append((f"[{name}]({name})", str(len(runs)), runs[0]["precision"], f"{hours:.2f}", f"{memory:.2f}"))
+        devices = ", ".join(dict.fromkeys(run["config"].get("environment", {}).get("device", "") for run in runs))
+        numbers = f"{hours:.2f}", f"{memory:.2f}"
+        lines.append((f"[{name}]({name})", str(len(runs)), runs[0]["precision"], devices, *numbers))
         for run in runs:
             errors = [error for _, error in points(run, "test_error") or points(run, "val_top1")]
             if errors and not run["diverged"]:
@@ -391,7 +396,7 @@ def runs_of(tag, rows):
             far.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
         elif cell["paper"] == "fail" and median <= 20:
             far.append(f"{label} ({median:.2f} instead of a failure)")
-    lines = markdown("| runs | n | precision | hours each | peak memory, GB |", lines)
+    lines = markdown("| runs | n | precision | device | hours each | peak memory, GB |", lines)
     if gains:
         gain = f"{statistics.mean(gains):.2f} points above the lowest of a run's evaluations"
         gain += f", on average over {len(gains)} runs" if len(gains) > 1 else ""
@@ -436,7 +441,8 @@ def draw_figure(name, curves, rows):
                 for run in runs:
                     curve = points(run, "val_top1" if quantity == "val_error" else quantity)
                     plot(side, curve, color=f"C{i}", linestyle=line, linewidth=1.8)
-            right.plot([], [], color=f"C{i}", label=f"{network} ({f'ours: n = {len(runs)}' if runs else 'paper'})")
+            note = ", ".join([f"ours: n = {len(runs)}", *precision_of(runs)]) if runs else "paper"
+            right.plot([], [], color=f"C{i}", label=f"{network} ({note})")
         start = 34_000 if (name, panel) == ("1-fig6", "right") else 0  # where the paper begins it
         end, every = {LOSS: (68_000, 10_000), ERROR: (64_000, 10_000), IMAGENET: (600_000, 100_000)}[kind]
         ticks = range(math.ceil(start / every) * every, end, every)

@@ -29,7 +29,7 @@ NETS = [f"imagenet/{net}" for net in "34-B/seed1 34-C/seed1 50/seed1 101/seed1 1
 def results(tmp_path, monkeypatch):
     """An empty results/ and a README.md of its own, with the pictures drawn but not saved. A call makes a run's folder,
     of a run that counts where its name is a row's, `evaluated` an evaluation in it and `average` the folder of one; the
-    others are what report.py then wrote: `drawn` counts each picture's curves."""
+    others are what report.py then wrote: `drawn` counts each picture's curves, and `labels` names them."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     (tmp_path / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     for name in ("paper", "run_all.sh"):
@@ -40,6 +40,7 @@ def results(tmp_path, monkeypatch):
     def draw(figure, path, *_):
         curves = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata())]
         make.drawn[path.name] = len(curves)
+        make.labels[path.name] = {line.get_label() for axes in figure.axes for line in axes.lines}
         report.plt.close(figure)
 
     def make(name, error, lowest=None, **more):
@@ -52,7 +53,8 @@ def results(tmp_path, monkeypatch):
             log.append(f"{iteration},1.0,0.1,0.5,20.0" + len(columns) * f",{'' if shown is None else shown}" + ",1.0")
         (folder / "log.csv").write_text("\n".join(log) + "\n")
         command = shlex.join(report.commands().get(row, [])).replace(f"{row}/seed1", name)
-        environment = {"command": command.replace("--seed 1 ", f"--seed {seed} "), "modified": False}
+        command, device = command.replace("--seed 1 ", f"--seed {seed} "), "H100" if seed == "3" else "a CPU"
+        environment = {"command": command, "modified": False, "device": device}
         config = {"images": 1_281_167 if dataset == "imagenet" else 0, "environment": environment}
         (folder / "config.json").write_text(json.dumps(config))
         result = {"dataset": dataset, "depth": 110, "unit": "basic", "precision": "float32", "iterations": 64_000}
@@ -79,7 +81,7 @@ def results(tmp_path, monkeypatch):
     make.evaluated, make.average = evaluated, average
 
     monkeypatch.setattr(report, "save", draw)
-    make.drawn = {}
+    make.drawn, make.labels = {}, {}
     make.page = lambda: (tmp_path / "results" / "README.md").read_text()
     make.readme = lambda: (tmp_path / "README.md").read_text()
     return make
@@ -111,7 +113,7 @@ def test_one_run(results):
     report.main()
     page = results.page()
     assert "| original, Fig. 2(a) | 6.61 | 7.00 (n = 1) |" in page  # the last iterate's
-    assert "| [cifar10/110](cifar10/110) | 1 | float32 | 2.00 | 2.00 |" in page
+    assert "| [cifar10/110](cifar10/110) | 1 | float32 | H100 | 2.00 | 2.00 |" in page
     assert "The table shows the error after the last iteration. It is 0.25 points above the lowest" in page
     assert "on average" not in page
     assert "| cifar10/110 | 6.61 | 7.00 (n = 1) |" in results.readme()
@@ -135,6 +137,7 @@ def test_five_seeds_and_a_diverged_one(results):
     assert f"| dropout shortcut, Fig. 2(f): dropout 0.5 {failed}" in page
     assert "| 5.93 | diverged (n = 1, 1 diverged) |" in page
     assert "It is 0.00 points above the lowest of a run's evaluations, on average over 5 runs." in page
+    assert "| [cifar10/110-preact](cifar10/110-preact) | 5 | float32 | a CPU, H100 | 2.00 | 2.00 |" in page
     assert "b_g = -3 (9.00 instead of a failure)" in page and "original, Fig. 4(a) (diverged)" in page
     nets = re.findall(r"^\| cifar10/(\S+) \|", results.readme(), re.MULTILINE)
     assert nets == ["110-exclusive-gating-3", "110-dropout-shortcut", "164", "110-preact"]  # as in the tables
@@ -211,6 +214,8 @@ def test_other_runs_and_precisions_fill_no_cell(results, capsys):
     assert "| 6.50 (n = 1) |" in cells and "1.50" not in cells and "2.50" not in cells
     assert "| NIN | 8.81 |  |" in cells
     assert "| 8.00 (n = 1, tf32) |" in cells and "| cifar10/164 | 5.93 | 8.00 (n = 1, tf32) |" in results.readme()
+    named = {"ResNet-110 original (ours: n = 1)", "ResNet-164 original (ours: n = 1, tf32)"}
+    assert named <= results.labels["2-fig6"]
     reasons = {
         "cifar10/110/seed2": "its row has runs in float32",
         "cifar10/110/seed3": "its config.json does not say that its code",

@@ -414,6 +414,11 @@ def points(run, quantity):
     return [(row["iteration"], row[quantity]) for row in run["log"] if quantity in row]
 
 
+def made_by(runs):
+    """What a legend says of a net: "ours: n = 1, bf16", or "paper" where there are no runs."""
+    return ", ".join([f"ours: n = {len(runs)}", *precision_of(runs)]) if runs else "paper"
+
+
 def plot(axes, curve, **style):
     axes.plot([x for x, _ in curve], [y for _, y in curve], **style)
 
@@ -441,8 +446,7 @@ def draw_figure(name, curves, rows):
                 for run in runs:
                     curve = points(run, "val_top1" if quantity == "val_error" else quantity)
                     plot(side, curve, color=f"C{i}", linestyle=line, linewidth=1.8)
-            note = ", ".join([f"ours: n = {len(runs)}", *precision_of(runs)]) if runs else "paper"
-            right.plot([], [], color=f"C{i}", label=f"{network} ({note})")
+            right.plot([], [], color=f"C{i}", label=f"{network} ({made_by(runs)})")
         start = 34_000 if (name, panel) == ("1-fig6", "right") else 0  # where the paper begins it
         end, every = {LOSS: (68_000, 10_000), ERROR: (64_000, 10_000), IMAGENET: (600_000, 100_000)}[kind]
         ticks = range(math.ceil(start / every) * every, end, every)
@@ -465,12 +469,11 @@ def draw_responses(curves, rows):
     for axes, half in zip(grid, ("top", "bottom"), strict=True):
         for i, ((network, row), theirs) in enumerate(curves[f"1-fig7{half}"].items()):
             plot(axes, theirs["response_std"], color=f"C{i}", linewidth=0.8, alpha=0.5)
-            measured = [run["responses"] for run in rows[row] if run["responses"]]
-            for stds in measured:
-                stds = sorted(stds, reverse=True) if half == "bottom" else stds
+            measured = [run for run in rows[row] if run["responses"]]
+            for run in measured:
+                stds = sorted(run["responses"], reverse=True) if half == "bottom" else run["responses"]
                 axes.plot(range(1, len(stds) + 1), stds, color=f"C{i}", linewidth=1.8)
-            note = f"ours: n = {len(measured)}" if measured else "paper"
-            axes.plot([], [], color=f"C{i}", label=f"{network} ({note})")
+            axes.plot([], [], color=f"C{i}", label=f"{network} ({made_by(measured)})")
         axes.set(ylabel="std", xlabel="layer" + (", sorted by magnitude" if half == "bottom" else ""), ylim=(0, 3.6))
         axes.legend(fontsize=7, ncols=2)
     grid[0].set_title("[1] Fig. 7: std of the 3x3 layers' responses, after BN", fontsize=10)

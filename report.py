@@ -263,7 +263,8 @@ def ours(runs, metric="test error %", fails=False):
 
 def precision_of(runs):
     """The precision of a row's runs, as a list that is empty where it is the papers'."""
-    return [name for name in (runs[0]["precision"],) if name != "float32"]
+    name = runs[0]["precision"]
+    return [] if name == "float32" else [name]
 
 
 def ours_beside(cell, rows):
@@ -381,8 +382,8 @@ def runs_of(tag, rows):
         hours = statistics.median(run["seconds"] for run in runs) / 3600
         memory = max(run["peak_memory"] for run in runs) / 1e9
         devices = ", ".join(dict.fromkeys(run["config"].get("environment", {}).get("device", "") for run in runs))
-        numbers = f"{hours:.2f}", f"{memory:.2f}"
-        lines.append((f"[{name}]({name})", str(len(runs)), runs[0]["precision"], devices, *numbers))
+        made = (runs[0]["precision"], devices, f"{hours:.2f}", f"{memory:.2f}")
+        lines.append((f"[{name}]({name})", str(len(runs)), *made))
         for run in runs:
             errors = [error for _, error in points(run, "test_error") or points(run, "val_top1")]
             if errors and not run["diverged"]:
@@ -396,7 +397,7 @@ def runs_of(tag, rows):
             far.append(f"{label} ({difference:+.2f})" if difference < math.inf else f"{label} (diverged)")
         elif cell["paper"] == "fail" and median <= 20:
             far.append(f"{label} ({median:.2f} instead of a failure)")
-    lines = markdown("| runs | n | precision | device | hours each | peak memory, GB |", lines)
+    lines = markdown("| runs | n | precision | began on | hours each | peak memory, GB |", lines)
     if gains:
         gain = f"{statistics.mean(gains):.2f} points above the lowest of a run's evaluations"
         gain += f", on average over {len(gains)} runs" if len(gains) > 1 else ""

@@ -9,7 +9,7 @@
 #   OUT=DIR bash run_all.sh             put the runs into a folder of your own, instead of results/
 #   SHARD=2/8 bash run_all.sh           do every eighth run, from the second on: eight GPUs or machines share the work
 #   JOBS=4 bash run_all.sh              do four runs at a time, spread over the GPUs that CUDA_VISIBLE_DEVICES allows
-#                                       (several share one best under NVIDIA's MPS: results/speed.md)
+#                                       (how several share one GPU: results/speed.md)
 #   LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh 2-table5       start ImageNet and detection rows so, each on all GPUs
 #   FLAGS="--precision bf16 --data DIR" bash run_all.sh imagenet/50     add flags of the machine (docs/imagenet.md lists them)
 #   SMOKE=1 bash run_all.sh             try each row: a few steps on small synthetic images, CIFAR nets at depth 20;

@@ -278,6 +278,18 @@ def test_degradation_and_depth_on_the_short_schedule(results):
     assert "More than 0.5 points" not in page and "None of the papers' nets" in results.readme()
 
 
+def test_responses_by_layer_and_by_magnitude(results, monkeypatch):
+    """[1] Fig. 7."""
+    folder, drawn = results("cifar10/56/seed1", 7.0, precision="bf16"), {}
+    (folder / "responses.csv").write_text("layer,std\n1,1.5\n2,0.5\n3,2.5\n")
+    monkeypatch.setattr(report, "save", lambda figure, path, *_: drawn.setdefault(path.name, figure))
+    report.main()
+    for axes, stds in zip(drawn["1-fig7"].axes, ([1.5, 0.5, 2.5], [2.5, 1.5, 0.5]), strict=True):
+        curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert stds in curves.values() and "ResNet-56 (ours: n = 1, bf16)" in curves
+    report.plt.close("all")
+
+
 def test_the_short_rows_are_in_the_papers_order():
     numbers = [math.inf if paper == "fail" else float(paper) for _, paper, _ in report.short_rows({})]
     assert numbers == sorted(numbers) and len(numbers) == 16

@@ -397,8 +397,7 @@ def test_no_gpu(measure):
 def test_the_table_claims_what_was_printed():
     """Every measured number of the table at the top of results/speed.md stands below it, as benchmark.py printed it."""
     page = (HERE / "results" / "speed.md").read_text()
-    table, _, rest = page.partition("\n## ")
-    printed = rest.partition("## What benchmark.py printed")[2]
+    table, printed = page.partition("\n## ")[0], page.partition("## What benchmark.py printed")[2]
     measured = [line.split(" | ")[2] for line in table.splitlines() if line.startswith("| ") and "aim" not in line]
     numbers = re.findall(r"[\d.,]*\d", " ".join(measured))
     assert len(numbers) > 20

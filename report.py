@@ -460,7 +460,8 @@ def draw_figure(name, curves, rows):
             axes.set(ylim=(20, 60) if kind == IMAGENET else (0, 20))
             axes.set(ylabel=f"{caption}, %" if "error" in caption else "error, % (dashed: training)")
         axes.title.set_fontsize(10)
-        right.legend(fontsize=7, loc="best" if kind == ERROR else "upper right", framealpha=0.6)
+        place = None if kind == ERROR else "upper right"  # None: where it covers the least
+        right.legend(fontsize=7, loc=place, framealpha=0.6)
     save(figure, RESULTS / name, "svg", "png")
 
 
